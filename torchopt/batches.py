@@ -1,0 +1,88 @@
+"""What a batch means: tensors, tuples, dicts, or (input, label) pairs, turned into the arguments of a model's forward.
+
+A pair is ambiguous: (a, b) may be two inputs, or an input and its label. The model decides: as many leading entries are inputs
+as its `forward` takes positional arguments without a default; what is left over is the label.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchopt.errors import DataError
+
+Batch = torch.Tensor | Sequence[Any] | Mapping[str, Any]
+
+
+def model_inputs(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Split a batch into the positional and keyword arguments of `model.forward`; labels are dropped.
+
+    Args:
+        model: the network that the batch is for.
+        batch: a tensor, a tuple or list (inputs, perhaps followed by labels), or a dict of keyword arguments.
+
+    Returns:
+        `(args, kwargs)` for `model(*args, **kwargs)`.
+
+    Raises:
+        DataError: the batch is none of these, or has fewer entries than the model takes.
+
+    Example:
+        >>> x, y = torch.zeros(2, 3), torch.tensor([0, 1])
+        >>> args, kwargs = model_inputs(nn.Linear(3, 2), (x, y))
+        >>> len(args), kwargs
+        (1, {})
+    """
+    if isinstance(batch, torch.Tensor):
+        return (batch,), {}
+    if isinstance(batch, Mapping):
+        accepted = _keyword_names(model)
+        return (), {k: v for k, v in batch.items() if accepted is None or k in accepted}
+    if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) > 0:
+        return tuple(batch[: _input_count(model, len(batch))]), {}
+    raise DataError(f"batch: got {type(batch).__name__}; a tensor, a non-empty tuple or list, or a dict is needed")
+
+
+def labels(model: nn.Module, batch: Batch) -> torch.Tensor | None:
+    """Return the label tensor of an (input, label) batch, or None when the batch has inputs only.
+
+    Example:
+        >>> labels(nn.Linear(3, 2), (torch.zeros(2, 3), torch.tensor([0, 1]))).tolist()
+        [0, 1]
+    """
+    if isinstance(batch, Mapping):
+        found = batch.get("labels")
+        return found if isinstance(found, torch.Tensor) else None
+    if isinstance(batch, torch.Tensor):
+        return None
+    count = _input_count(model, len(batch))
+    return batch[count] if len(batch) > count else None
+
+
+def _parameters(model: nn.Module) -> list[inspect.Parameter]:
+    inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+    target = inner if isinstance(inner, nn.Module) and type(model).__name__ != "Sequential" else model
+    return list(inspect.signature(target.forward).parameters.values())
+
+
+def _input_count(model: nn.Module, available: int) -> int:
+    """How many leading entries of a sequence are inputs: required positionals, all of them for `*args`."""
+    parameters = _parameters(model)
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return max(1, available - 1)
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = sum(p.default is p.empty for p in positional)
+    if available < required:
+        raise DataError(f"batch: has {available} entries; {type(model).__name__}.forward takes {required} inputs")
+    return max(1, required)
+
+
+def _keyword_names(model: nn.Module) -> set[str] | None:
+    parameters = _parameters(model)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return {p.name for p in parameters}
