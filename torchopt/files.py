@@ -42,9 +42,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         _flush(temporary)
         os.replace(temporary, target)
     except OSError as error:
-        raise FileError(
-            f"{target}: cannot be written ({error.strerror or error}); free space or choose another place"
-        ) from error
+        raise FileError(f"{target}: cannot be written ({error.strerror or error}); free space or choose another place") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

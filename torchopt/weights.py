@@ -70,7 +70,7 @@ class Weight:
         leaf = f"{self.param}_orig" if is_pruned(self.module, self.param) else self.param
         if parametrize.is_parametrized(self.module, leaf):
             stack = self.module.parametrizations[leaf]  # type: ignore[index]
-            return stack.original  # type: ignore[no-any-return]
+            return stack.original  # type: ignore[no-any-return, union-attr]
         return getattr(self.module, leaf)  # type: ignore[no-any-return]
 
     @property
@@ -122,9 +122,7 @@ def find_weight(model: nn.Module, name: str) -> Weight | None:
     kind = dict(_params(module)).get(param)
     if kind is None and not has_parameter(module, param):
         return None
-    return Weight(
-        module_name=module_name, module=module, param=param, kind=kind or "custom", out_axis=_out_axis(module)
-    )
+    return Weight(module_name=module_name, module=module, param=param, kind=kind or "custom", out_axis=_out_axis(module))
 
 
 def has_parameter(module: nn.Module, param: str) -> bool:
