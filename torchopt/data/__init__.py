@@ -1,0 +1,13 @@
+"""Data sets in memory: what stands under `data:` in a recipe, and the batches that training draws from it."""
+
+from torchopt.data.dataset import Augment as Augment
+from torchopt.data.dataset import Dataset as Dataset
+from torchopt.data.dataset import epoch_order as epoch_order
+from torchopt.data.dataset import generator as generator
+from torchopt.data.sources import Digits as Digits
+from torchopt.data.sources import FashionMnist as FashionMnist
+from torchopt.data.sources import ImageFolder as ImageFolder
+from torchopt.data.sources import ImportedData as ImportedData
+from torchopt.data.sources import SpokenDigits as SpokenDigits
+
+SOURCES = {"digits": Digits, "fashion_mnist": FashionMnist, "spoken_digits": SpokenDigits, "image_folder": ImageFolder}

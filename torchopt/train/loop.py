@@ -1,0 +1,191 @@
+"""One plain training loop, blind to compression but for a callback after each optimizer step.
+
+The loop is flat over steps; epoch and batch follow from the step's number, the batch's content from (seed, epoch, batch), the
+learning rate from the step. So the whole state between two steps is (step, model, optimizer, torch's random state), and a run
+that goes on from a saved state takes, on a CPU, bit for bit the same steps as one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from torchopt.data import Dataset, epoch_order, generator
+from torchopt.errors import ConfigError, ModelError
+from torchopt.progress import track
+from torchopt.train.config import Distill, Train
+from torchopt.train.evaluate import accuracy
+
+SAVE_SECONDS = 30.0  # a killed run loses at most this much work beside the current step
+State = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """What one pass over the data brought: mean loss of its steps, accuracy on the test part."""
+
+    epoch: int
+    loss: float
+    accuracy: float
+
+
+def train(
+    model: nn.Module,
+    data: Dataset,
+    config: Train,
+    *,
+    seed: int = 0,
+    teacher: nn.Module | None = None,
+    after_step: Callable[[nn.Module], object] | None = None,
+    resume: State | None = None,
+    save: Callable[[State], object] | None = None,
+    save_seconds: float = SAVE_SECONDS,
+    description: str = "training",
+    progress: bool = True,
+) -> list[Epoch]:
+    """Train `model` in place.
+
+    Args:
+        model: maps inputs to logits.
+        data: the samples.
+        config: how.
+        seed: decides initial random state, order and augmentation.
+        teacher: the model to learn from, where `config.distill` asks for it.
+        after_step: called with the model after each optimizer step (`torchopt.step`).
+        resume: a state given to `save` by an earlier call with the same arguments; training goes on from there.
+        save: called with the state after each epoch, and inside epochs when `save_seconds` have passed.
+        save_seconds: seconds between saves inside an epoch.
+        description: what the progress bar says.
+        progress: show it.
+
+    Returns:
+        One `Epoch` for each, also those of before a resume.
+
+    Raises:
+        ConfigError: distillation without a teacher.
+        ModelError: the loss is not finite.
+
+    Example:
+        >>> from torchopt.data import Digits
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        >>> train(net, Digits().load(), Train(epochs=2))[-1].accuracy > 0.85
+        True
+    """
+    if config.distillation is not None and teacher is None:
+        raise ConfigError("Train.distill: asks for a teacher; none was given")
+    device = _device(config)
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    model.to(device)
+    teacher = teacher.to(device).eval() if teacher is not None else None
+    optimizer = config.optimizer.build(p for p in model.parameters() if p.requires_grad)
+    torch.manual_seed(seed)
+    history, losses, first = _restore(resume, model, optimizer)
+    forward = DistributedDataParallel(model) if ranks > 1 else model
+    inputs, labels = data.train_inputs.to(device), data.train_labels.to(device)
+    per_epoch = len(epoch_order(len(inputs), config.batch_size, seed=seed, epoch=0, ranks=ranks))
+    total = per_epoch * config.epochs
+    order: list[torch.Tensor] = []
+    saved_at = time.monotonic()
+    for number in track(range(first, total), description, enabled=progress and rank == 0):
+        epoch, index = divmod(number, per_epoch)
+        if not order or index == 0:
+            order = epoch_order(len(inputs), config.batch_size, seed=seed, epoch=epoch, rank=rank, ranks=ranks)
+        batch = order[index].to(device)
+        x = inputs[batch]
+        if config.augment is not None:
+            x = config.augment(x, generator(seed, epoch, index, rank))
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate(number, total)
+        losses.append(_one_step(forward, optimizer, x, labels[batch], config, teacher, number))
+        if after_step is not None:
+            after_step(model)
+        ended = index + 1 == per_epoch
+        if ended:
+            history.append(Epoch(epoch=epoch, loss=sum(losses) / len(losses), accuracy=accuracy(model, data.test_batches())))
+            losses = []
+        if save is not None and rank == 0 and (ended or time.monotonic() - saved_at > save_seconds):
+            save(_state(number + 1, model, optimizer, history, losses))
+            saved_at = time.monotonic()
+    model.to("cpu")
+    return history
+
+
+def _one_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    inputs: torch.Tensor,
+    labels: torch.Tensor,
+    config: Train,
+    teacher: nn.Module | None,
+    number: int,
+) -> float:
+    """Forward, backward, update; returns the loss."""
+    model.train()
+    optimizer.zero_grad()
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        logits = model(inputs)  # (N, classes)
+        taught = _logits(teacher, inputs) if teacher is not None and config.distillation is not None else None
+    loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+    if taught is not None and config.distillation is not None:
+        loss = (1 - config.distillation.weight) * loss + distillation_loss(logits.float(), taught.float(), config.distillation)
+    if not bool(torch.isfinite(loss)):
+        raise ModelError(f"train: the loss is {float(loss)} at step {number + 1}; a lower learning rate or clip_norm may help")
+    loss.backward()  # type: ignore[no-untyped-call]
+    if config.clip_norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+    optimizer.step()
+    return float(loss.detach())
+
+
+def distillation_loss(student: torch.Tensor, teacher: torch.Tensor, config: Distill) -> torch.Tensor:
+    """Return weight · T² · KL(softmax(teacher / T) ‖ softmax(student / T)), the mean over the batch.
+
+    Example:
+        >>> logits = torch.tensor([[1.0, 2.0]])
+        >>> float(distillation_loss(logits, logits, Distill()))
+        0.0
+    """
+    t = config.temperature
+    log_student, log_teacher = F.log_softmax(student / t, 1), F.log_softmax(teacher / t, 1)
+    return config.weight * t**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+
+
+@torch.no_grad()
+def _logits(teacher: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    return teacher(inputs)  # type: ignore[no-any-return]
+
+
+def _device(config: Train) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("Train.device: is 'cuda', but torch finds no such device; 'cpu' or 'auto' works here")
+    cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def _state(step: int, model: nn.Module, optimizer: torch.optim.Optimizer, history: list[Epoch], losses: list[float]) -> State:
+    """Tensors and plain values only, so that `torch.load(weights_only=True)` reads it."""
+    return {
+        "step": step,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "random": torch.get_rng_state(),
+        "history": [asdict(e) for e in history],
+        "losses": list(losses),
+    }
+
+
+def _restore(state: State | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[list[Epoch], list[float], int]:
+    if state is None:
+        return [], [], 0
+    model.load_state_dict(state["model"], strict=True)
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["random"])
+    return [Epoch(**e) for e in state["history"]], list(state["losses"]), int(state["step"])
