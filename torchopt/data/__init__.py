@@ -9,5 +9,3 @@ from torchopt.data.sources import FashionMnist as FashionMnist
 from torchopt.data.sources import ImageFolder as ImageFolder
 from torchopt.data.sources import ImportedData as ImportedData
 from torchopt.data.sources import SpokenDigits as SpokenDigits
-
-SOURCES = {"digits": Digits, "fashion_mnist": FashionMnist, "spoken_digits": SpokenDigits, "image_folder": ImageFolder}

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -39,6 +39,8 @@ class Digits:
         >>> data.train_inputs.shape, len(data.test_inputs)
         (torch.Size([1437, 1, 8, 8]), 360)
     """
+
+    kind: ClassVar[str] = "digits"
 
     test_fraction: float = 0.2
 
@@ -67,6 +69,8 @@ class FashionMnist:
         train_samples: use only the first so many training pictures; None is all.
         test_samples: the same for testing.
     """
+
+    kind: ClassVar[str] = "fashion_mnist"
 
     root: str | None = None
     train_samples: int | None = None
@@ -103,6 +107,8 @@ class SpokenDigits:
         root: the folder with `fsdd.npz`; None looks in the usual places.
     """
 
+    kind: ClassVar[str] = "spoken_digits"
+
     root: str | None = None
 
     def load(self) -> Dataset:
@@ -135,6 +141,8 @@ class ImageFolder:
         channels: 1 (grey) or 3.
         test_fraction: share that is kept for testing, where the folder is not split already.
     """
+
+    kind: ClassVar[str] = "image_folder"
 
     root: str
     image_size: int

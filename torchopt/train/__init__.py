@@ -1,6 +1,5 @@
 """One plain training loop and its configuration; blind to compression."""
 
-from torchopt.train.config import OPTIMIZERS as OPTIMIZERS
 from torchopt.train.config import SGD as SGD
 from torchopt.train.config import Adam as Adam
 from torchopt.train.config import AdamW as AdamW

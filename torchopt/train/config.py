@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -22,6 +23,8 @@ def _check(name: str, value: float, low: float, high: float) -> None:
 class Adam:
     """Kingma and Ba (2014), arXiv 1412.6980."""
 
+    kind: ClassVar[str] = "adam"
+
     lr: float = 1e-3
     weight_decay: float = 0.0
 
@@ -38,6 +41,8 @@ class Adam:
 class AdamW:
     """Adam with decoupled weight decay: Loshchilov and Hutter (2017), arXiv 1711.05101."""
 
+    kind: ClassVar[str] = "adamw"
+
     lr: float = 1e-3
     weight_decay: float = 1e-2
 
@@ -53,6 +58,8 @@ class AdamW:
 @dataclass(frozen=True, kw_only=True)
 class SGD:
     """Stochastic gradient descent with momentum."""
+
+    kind: ClassVar[str] = "sgd"
 
     lr: float = 1e-2
     momentum: float = 0.9
@@ -71,9 +78,6 @@ class SGD:
         return torch.optim.SGD(
             parameters, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov
         )
-
-
-OPTIMIZERS = {"adam": Adam, "adamw": AdamW, "sgd": SGD}
 
 
 @dataclass(frozen=True, kw_only=True)
