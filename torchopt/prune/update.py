@@ -1,0 +1,157 @@
+"""Choosing masks: after each optimizer step, those whose schedule fires are ranked anew, exactly, one by one or all together.
+
+    kept = max(round(units · (1 - s(t))), 1),   rounding half to even as TensorFlow does
+
+Ranking looks at the weights as the optimizer left them, so a masked weight that grew over the threshold comes back, except
+where zeros of an earlier round are preserved. Then every mask is multiplied in, so that the weights are sparse between two
+steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from torchopt.errors import ModelError
+from torchopt.prune.attach import in_axis, installed
+from torchopt.prune.config import Prune
+from torchopt.prune.mask import Mask
+from torchopt.prune.pattern import largest_of_groups, pool, spread
+from torchopt.prune.score import GATHERS, add_gradient, scores
+from torchopt.prune.select import Scores, keep_largest
+
+Placed = tuple[nn.Module, Mask]
+
+
+@torch.no_grad()
+def update(model: nn.Module, step: int) -> bool:
+    """Advance the masks of `model` to optimizer step `step`, in place.
+
+    Args:
+        model: holds masks put on by `attach`, or none.
+        step: how many optimizer steps were taken, 1 after the first.
+
+    Returns:
+        True where the model has masks.
+
+    Raises:
+        StateError: a score has seen no gradients or no inputs.
+        ModelError: a weight is NaN or infinite.
+
+    Example:
+        >>> from torchopt.prune import attach
+        >>> from torchopt.weights import weights
+        >>> layer = nn.Linear(8, 8)
+        >>> _ = attach([(w, Prune(schedule=0.75)) for w in weights(layer)], preserve=True)
+        >>> update(layer, 1), int(layer.weight_mask.sum())
+        (True, 16)
+    """
+    placed = installed(model)
+    for module, mask in placed:
+        if mask.config.score in GATHERS:
+            total = mask.gathered(module)
+            assert total is not None
+            add_gradient(total, mask.weight(module).trainable, mask.config, mask.weight_name)
+    for group in _groups([(module, mask) for module, mask in placed if mask.config.timing.fires(step)]):
+        choose(group, group[0][1].config.timing.sparsity_at(step))
+    _multiply(placed)
+    return bool(placed)
+
+
+@torch.no_grad()
+def finish(model: nn.Module) -> bool:
+    """Set every mask to its schedule's final sparsity now: one-shot pruning. Returns True where the model has masks.
+
+    Raises:
+        StateError: a score needs gradients or inputs and has seen none.
+        ModelError: a weight is NaN or infinite.
+    """
+    placed = installed(model)
+    for group in _groups(placed):
+        choose(group, group[0][1].config.timing.final)
+    _multiply(placed)
+    return bool(placed)
+
+
+def observes(model: nn.Module) -> bool:
+    """True where a score gathers inputs: run data through the model before `finish`."""
+    return any(mask.config.score == "wanda" for _, mask in installed(model))
+
+
+def choose(group: Sequence[Placed], sparsity: float) -> None:
+    """Write new masks for weights that are ranked together, of one configuration, at `sparsity`."""
+    config = group[0][1].config
+    ranked = [_scores(module, mask) for module, mask in group]
+    if config.pattern == "n:m":
+        chosen = [_of_groups(entry, mask, sparsity) for entry, (_, mask) in zip(ranked, group, strict=True)]
+    else:
+        chosen = _ranked_units(ranked, [mask for _, mask in group], config, sparsity)
+    for new, (module, mask) in zip(chosen, group, strict=True):
+        old = mask.mask(module)
+        if mask.remembers(module):
+            old &= new
+        else:
+            old.copy_(new)
+
+
+def _groups(placed: Sequence[Placed]) -> list[list[Placed]]:
+    """Those with scope "global" and equal configurations together, every other mask by itself."""
+    together: dict[Prune, list[Placed]] = {}
+    alone = []
+    for module, mask in placed:
+        if mask.config.scope == "global":
+            together.setdefault(mask.config, []).append((module, mask))
+        else:
+            alone.append([(module, mask)])
+    return [*alone, *together.values()]
+
+
+def _scores(module: nn.Module, mask: Mask) -> Scores:
+    """Score every element; where zeros are preserved, the masked ones come last (0 where scores are pooled)."""
+    weight, config = mask.weight(module), mask.config
+    if not bool(torch.isfinite(weight.trainable.sum())):
+        raise ModelError(
+            f"{weight.name}: holds NaN or infinity after an optimizer step; training has diverged, lower the learning rate"
+        )
+    entry = scores(weight, config, mask.gathered(module))
+    if not mask.remembers(module):
+        return entry
+    dead = 0.0 if config.pattern in ("block", "channel") else -math.inf
+    values = entry.values.abs() if entry.absolute else entry.values
+    return Scores(name=entry.name, values=torch.where(mask.mask(module), values, dead).contiguous())
+
+
+def _ranked_units(ranked: Sequence[Scores], masks: Sequence[Mask], config: Prune, sparsity: float) -> list[torch.Tensor]:
+    units = [_pooled(entry, config, mask.out_axis) for entry, mask in zip(ranked, masks, strict=True)]
+    keep = max(round(sum(entry.count for entry in units) * (1.0 - sparsity)), 1)
+    floors = [max(1, math.ceil(config.min_keep * entry.count)) for entry in units]
+    kept = keep_largest(units, keep, floors=floors)
+    shapes = [entry.values.shape for entry in ranked]
+    return [spread(new, shape, config, mask.out_axis) for new, shape, mask in zip(kept, shapes, masks, strict=True)]
+
+
+def _pooled(entry: Scores, config: Prune, out_axis: int) -> Scores:
+    if config.pattern == "element":
+        return entry
+    values = entry.values.abs() if entry.absolute else entry.values
+    wide = values if values.dtype == torch.float64 else values.float()
+    return Scores(name=entry.name, values=pool(wide, config, out_axis).contiguous())
+
+
+def _of_groups(entry: Scores, mask: Mask, sparsity: float) -> torch.Tensor:
+    """The n:m mask; at a lower sparsity on the way there, groups keep as many of m as that allows."""
+    n, m = mask.config.n, mask.config.m
+    assert n is not None
+    assert m is not None
+    values = entry.values.abs() if entry.absolute else entry.values
+    return largest_of_groups(values, max(n, round(m * (1.0 - sparsity))), m, in_axis(mask.out_axis))
+
+
+def _multiply(placed: Sequence[Placed]) -> None:
+    """Mask the Parameters in place, whether their version says that they changed or not (`p.data` bypasses it)."""
+    for module, mask in placed:
+        mask.applied = None
+        mask.multiply_(module, mask.weight(module).trainable)
