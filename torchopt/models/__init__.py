@@ -96,7 +96,7 @@ def build(kind: str, classes: int, in_channels: int = 1, width: float = 1.0) -> 
     Example:
         >>> net = build("resnet8", classes=10, in_channels=3)
         >>> sum(p.numel() for p in net.parameters() if p.dim() > 1)
-        77488
+        77360
         >>> net(torch.zeros(1, 3, 32, 32)).shape
         torch.Size([1, 10])
     """

@@ -7,6 +7,7 @@ that goes on from a saved state takes, on a CPU, bit for bit the same steps as o
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -75,8 +76,9 @@ def train(
 
     Example:
         >>> from torchopt.data import Digits
+        >>> from torchopt.train import Adam
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-        >>> train(net, Digits().load(), Train(epochs=2))[-1].accuracy > 0.85
+        >>> train(net, Digits().load(), Train(epochs=3, optimizer=Adam(lr=0.01)))[-1].accuracy > 0.9
         True
     """
     if config.distillation is not None and teacher is None:
@@ -136,13 +138,14 @@ def _one_step(
     loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
     if taught is not None and config.distillation is not None:
         loss = (1 - config.distillation.weight) * loss + distillation_loss(logits.float(), taught.float(), config.distillation)
-    if not bool(torch.isfinite(loss)):
-        raise ModelError(f"train: the loss is {float(loss)} at step {number + 1}; a lower learning rate or clip_norm may help")
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise ModelError(f"train: the loss is {value} at step {number + 1}; a lower learning rate or clip_norm may help")
     loss.backward()  # type: ignore[no-untyped-call]
     if config.clip_norm is not None:
         nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
     optimizer.step()
-    return float(loss.detach())
+    return value
 
 
 def distillation_loss(student: torch.Tensor, teacher: torch.Tensor, config: Distill) -> torch.Tensor:
