@@ -90,7 +90,7 @@ def scores(weight: Weight, config: Prune, gathered: torch.Tensor | None) -> Scor
 
 
 def _random(value: torch.Tensor, name: str, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     order = torch.randperm(value.numel(), generator=generator)  # float64 holds each index exactly
     return order.to(torch.float64).reshape(value.shape).to(value.device)
 
