@@ -289,7 +289,9 @@ def _override(plain: dict[str, Any], override: str) -> None:
     places: list[Any] = [plain]
     stage_keys = {f.name for f in dataclasses.fields(Stage)}
     top = {f.name for f in dataclasses.fields(Recipe)}
-    if parts[0] in stage_keys and parts[0] not in top:
+    if parts[0] not in top | stage_keys:
+        raise ConfigError(f"--set {override}: unknown key {parts[0]!r}{nearest(parts[0], top | stage_keys)}")
+    if parts[0] in stage_keys:
         stages = plain.get("stages")
         places = [s for s in stages if isinstance(s, dict) and parts[0] in s] if isinstance(stages, list) else []
         if not places:

@@ -119,8 +119,9 @@ def _one_of(hints: Sequence[Any], value: object, path: Path) -> Any:
     for hint in sorted(others, key=lambda h: h is str):  # text last: it would take what another type reads better
         try:
             return convert(hint, value, path)
-        except KeyPathError:
-            continue
+        except KeyPathError as error:
+            if error.path != path:  # the right type, with a mistake deeper inside
+                raise
     expected = " or ".join([*(_name(h) for h in others), *(f"keys and values of {c.__name__}" for c in classes)])
     raise KeyPathError(path, f"got {value!r}; {expected} is needed")
 

@@ -4,6 +4,7 @@ from torchopt.data.dataset import Augment as Augment
 from torchopt.data.dataset import Dataset as Dataset
 from torchopt.data.dataset import epoch_order as epoch_order
 from torchopt.data.dataset import generator as generator
+from torchopt.data.inputs import read_inputs as read_inputs
 from torchopt.data.sources import Digits as Digits
 from torchopt.data.sources import FashionMnist as FashionMnist
 from torchopt.data.sources import ImageFolder as ImageFolder

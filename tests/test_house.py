@@ -1,0 +1,127 @@
+"""The house's own rules, checked: arrows point down, README code runs, recipes load and match, names agree, no machine paths."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import torchopt
+from torchopt.errors import ConfigError
+from torchopt.recipe import load
+from torchopt.rules import assign
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "torchopt"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+ROOMS = [
+    {"errors", "files", "progress", "packing", "strict", "importing"},
+    {"weights", "grid", "schedule", "batches", "surgery", "state", "traced", "batch_norm"},
+    {"prune", "cluster", "quantize"},
+    {"export", "runtime"},
+    {"rules", "compress", "checkpoint", "sensitivity"},
+    {"models", "data", "train", "integrations"},
+    {"recipe", "report"},
+    {"run", "search"},
+    {"cli"},
+]
+LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
+BLIND_TO_ONE_ANOTHER = ROOMS[2]
+
+
+def _room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _imports(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found += [node.module or ""] + [f"{node.module}.{a.name}" for a in node.names]
+    return found
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if _room(p) != "__init__"], ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down(path: Path) -> None:
+    room = _room(path)
+    assert room in LEVEL, f"{room} has no level; add it to ROOMS in this test and to the README's map"
+    for name in _imports(path):
+        parts = name.split(".")
+        if parts[0] != "torchopt" or len(parts) < 2 or parts[1] == room:
+            continue
+        other = parts[1]
+        assert other in LEVEL, f"{path.name} imports {name} through the package's front door; import the room itself"
+        assert LEVEL[other] <= LEVEL[room], f"{room} (level {LEVEL[room]}) imports {other} (level {LEVEL[other]})"
+        blind = {room, other} <= BLIND_TO_ONE_ANOTHER
+        assert not blind, f"{room} and {other} are blind to one another"
+
+
+def test_the_levels_are_all_in_use() -> None:
+    existing = {_room(p) for p in SOURCES} - {"__init__"}
+    assert existing <= set(LEVEL)
+
+
+@pytest.mark.parametrize(
+    ("library", "allowed"),
+    [("torch.ao", r"^quantize/"), ("torch_pruning", r"^prune/shrink"), ("torch.onnx", r"^export/graph\.py$")],
+)
+def test_one_room_owns_each_engine(library: str, allowed: str) -> None:
+    for path in SOURCES:
+        where = path.relative_to(PACKAGE).as_posix()
+        uses = any(name == library or name.startswith(library + ".") for name in _imports(path))
+        uses = uses or re.search(rf"^\s*[^#\"'`]*\b{re.escape(library)}\.\w+\(", path.read_text(encoding="utf-8"), re.M) is not None
+        assert not uses or re.search(allowed, where), f"{where} uses {library}; only {allowed} may"
+
+
+def test_all_names_what_is_there() -> None:
+    for name in torchopt.__all__:
+        assert getattr(torchopt, name) is not None
+    assert len(set(torchopt.__all__)) == len(torchopt.__all__)
+
+
+def _tracked() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split("\n")
+    return [ROOT / name for name in listed if name and (ROOT / name).is_file()]
+
+
+def test_no_path_of_one_machine_is_in_the_repository() -> None:
+    forbidden = re.compile(r"(?<![\w.])/(?:work|root|home/\w+|tmp/\w+)(?:/|\b(?!\w))|--(?:extra-)?index-url")
+    for path in _tracked():
+        if path.suffix in {".py", ".md", ".yaml", ".toml", ".sh", ".html", ".json", ""} and path.name != "test_house.py":
+            text = path.read_text(encoding="utf-8", errors="replace")
+            found = forbidden.search(text)
+            assert found is None, f"{path.relative_to(ROOT)}: {found and text[max(0, found.start() - 30) : found.end() + 30]!r}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_recipes_load_and_their_rules_match(path: Path) -> None:
+    recipe = load(path).recipe
+    try:
+        model = recipe.model.build()
+    except ConfigError as error:
+        pytest.skip(f"the model of {path.name} cannot be built here: {error}")
+    for stage in recipe.stages:
+        if stage.compress is not None:
+            assert assign(model, stage.compress)
+
+
+def _blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def test_readme_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = _blocks(ROOT / "README.md", "python")
+    assert blocks, "README.md shows no Python"
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_readme_commands_name_what_exists() -> None:
+    for block in _blocks(ROOT / "README.md", "(?:bash|sh|console)"):
+        for name in re.findall(r"\b((?:scripts|recipes|docs|tests)/[\w./-]+)", block):
+            assert (ROOT / name).exists(), f"README.md names {name}, which does not exist"

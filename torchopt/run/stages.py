@@ -1,0 +1,136 @@
+"""The stages of a recipe, one after the other: shrink, prepare, calibrate, train, finalize; resumable after each saved step.
+
+A stage depends on the weights that it starts with, and on nothing else that came before. So the position of a run is (stage,
+start, state of the training loop): resuming builds the network, gives it the start's shapes and weights, attaches the stage's
+compression to it again, and loads the loop's state over that.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+from torch import nn
+
+from torchopt.compress import calibrate, finalize, prepare, step
+from torchopt.data import Dataset
+from torchopt.one_shot import one_shot
+from torchopt.prune.plan import apply_plan, plan_of
+from torchopt.recipe import Recipe, Shrink
+from torchopt.run.folder import Position, Tensors
+from torchopt.train import Train, accuracy, train
+
+CALIBRATION_BATCHES = 32  # what a stage without training uses where `calibrate` is left at 0
+Save = Callable[[Position], None]
+
+
+def run_stages(recipe: Recipe, data: Dataset, position: Position, save: Save, *, progress: bool = True) -> nn.Module:
+    """Carry the run from `position` to the end of its last stage.
+
+    Args:
+        recipe: the whole recipe.
+        data: the samples.
+        position: where the run stands; moved on in place.
+        save: called with the position whenever a resumed run could go on from it.
+        progress: show progress bars on stderr.
+
+    Returns:
+        The model that the last stage leaves: plain, on the CPU.
+    """
+    while True:
+        stage = recipe.stages[position.stage]
+        started = time.monotonic()
+        if position.baseline is None and (stage.shrink or stage.compress):
+            position.baseline = position.start
+        model = started_model(recipe, position.start, position.plan)
+        if stage.shrink is not None and not position.shrunk:
+            model = _shrunken(model, data, stage.shrink)
+            position.start, position.plan, position.shrunk = model.state_dict(), plan_of(model), True
+            save(position)
+        model, epochs = _compressed(model, recipe, data, position, save, progress=progress)
+        result = {"name": stage.title, "score": accuracy(model, data.test_batches()), "epochs": epochs}
+        position.stages.append(result | {"seconds": round(time.monotonic() - started, 1)})
+        if position.stage + 1 == len(recipe.stages):
+            return model
+        position.stage += 1
+        position.start, position.plan, position.shrunk, position.training = model.state_dict(), plan_of(model), False, None
+        save(position)
+
+
+def started_model(recipe: Recipe, weights: Tensors, plan: object = None) -> nn.Module:
+    """Return the recipe's network with the given shapes and weights."""
+    model = recipe.model.build()
+    if plan:
+        apply_plan(model, plan)
+    model.load_state_dict(weights, strict=True)
+    return model
+
+
+def _compressed(
+    model: nn.Module, recipe: Recipe, data: Dataset, position: Position, save: Save, *, progress: bool
+) -> tuple[nn.Module, list[dict[str, float]]]:
+    stage = recipe.stages[position.stage]
+    if stage.compress is None:
+        return model, _trained(model, stage.train, recipe, data, position, save, None, progress=progress)
+    example = (data.example,)
+    if stage.train is None:
+        batches = data.calibration_batches(stage.calibrate or CALIBRATION_BATCHES, seed=recipe.seed)
+        target = recipe.export.target
+        return one_shot(model, stage.compress, batches, example_inputs=example, target=target, progress=progress), []
+    ready = prepare(model, stage.compress, example, target=recipe.export.target)
+    if stage.calibrate and position.training is None:
+        calibrate(ready, data.calibration_batches(stage.calibrate, seed=recipe.seed), progress=progress)
+    epochs = _trained(ready, stage.train, recipe, data, position, save, step, progress=progress)
+    return finalize(ready), epochs
+
+
+def _trained(
+    model: nn.Module,
+    config: Train | None,
+    recipe: Recipe,
+    data: Dataset,
+    position: Position,
+    save: Save,
+    after_step: Callable[[nn.Module], object] | None,
+    *,
+    progress: bool,
+) -> list[dict[str, float]]:
+    if config is None:
+        return []
+    teacher = started_model(recipe, position.baseline) if config.distill and position.baseline is not None else None
+
+    def save_training(state: dict[str, object]) -> None:
+        position.training = state
+        save(position)
+
+    epochs = train(
+        model,
+        data,
+        config,
+        seed=recipe.seed + position.stage,
+        teacher=teacher,
+        after_step=after_step,
+        resume=position.training,
+        save=save_training,
+        description=f"{recipe.stages[position.stage].title}, {config.epochs} epochs",
+        progress=progress,
+    )
+    return [asdict(epoch) for epoch in epochs]
+
+
+def _shrunken(model: nn.Module, data: Dataset, config: Shrink) -> nn.Module:
+    from torchopt.prune.shrink import shrink  # torch-pruning is slow to import, and few runs need it
+
+    torch.manual_seed(0)
+    return shrink(
+        model,
+        (data.example,),
+        ratio=config.ratio,
+        max_macs=config.max_macs,
+        max_latency_ms=config.max_latency_ms,
+        importance=config.importance,
+        round_to=config.round_to,
+        ignore=config.ignore,
+    )
