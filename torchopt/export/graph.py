@@ -1,0 +1,124 @@
+"""From a torch module to an ONNX graph: the only file that touches `torch.onnx`.
+
+The exporter's own optimizer stays off. It would fold batch norm into the convolutions under the weights' own names, and a weight
+in the file would no longer be the weight in torch; ORT folds batch norm itself when it loads a model. What is worth tidying is done
+by the passes in `passes/`, one at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from torchopt.errors import DataError, ModelError
+
+BATCH = "batch"
+
+
+def to_onnx(model: nn.Module, example_inputs: tuple[Any, ...], *, opset: int, dynamic_batch: bool) -> ir.Model:
+    """Export `model`, in evaluation mode and on the CPU, and return the graph as the exporter wrote it.
+
+    Args:
+        model: a plain module; a copy of it is exported.
+        example_inputs: the positional arguments of one forward call.
+        opset: version of the ONNX operator set.
+        dynamic_batch: let the first dimension of every tensor input vary, under the name "batch".
+
+    Raises:
+        DataError: the example inputs are not a tuple with tensors.
+        ModelError: a weight is not finite, or the model cannot be exported.
+    """
+    _check(model, example_inputs)
+    module = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    inputs = tuple(_batch_of_two(x) if dynamic_batch else x for x in example_inputs)
+    inputs = tuple(x.cpu() if isinstance(x, torch.Tensor) else x for x in inputs)
+    shapes = tuple({0: torch.export.Dim(BATCH)} if _has_batch(x) else None for x in inputs) if dynamic_batch else None
+    try:
+        with torch.no_grad(), _quiet():
+            program = torch.onnx.export(
+                module,
+                inputs,
+                dynamo=True,
+                optimize=False,
+                opset_version=max(opset, 18),
+                input_names=_input_names(module, len(inputs)),
+                dynamic_shapes=_nested(module, shapes),
+                verbose=False,
+            )
+    except Exception as error:  # the exporter raises whatever the model's code or its own raises
+        raise ModelError(f"export: {type(model).__name__} cannot be exported to ONNX: {_reason(error)}") from error
+    if program is None:
+        raise ModelError(f"export: {type(model).__name__} cannot be exported to ONNX: the exporter returned nothing")
+    return program.model
+
+
+def _check(model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
+    if not isinstance(example_inputs, tuple) or not any(isinstance(x, torch.Tensor) for x in example_inputs):
+        raise DataError(
+            f"export: example_inputs is {type(example_inputs).__name__}; a tuple with the tensors of one call is needed"
+        )
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"export: {name} holds NaN or infinity; export a trained, finite model")
+
+
+def _has_batch(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.dim() > 0
+
+
+def _batch_of_two(x: Any) -> Any:
+    """The exporter takes a dimension of size one for a constant."""
+    return torch.cat([x, x]) if _has_batch(x) and x.shape[0] == 1 else x
+
+
+def _positional(module: nn.Module) -> list[inspect.Parameter]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return [p for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds]
+
+
+def _input_names(module: nn.Module, count: int) -> list[str] | None:
+    names = [p.name for p in _positional(module) if p.kind is not p.VAR_POSITIONAL][:count]
+    return names if len(names) == count else None
+
+
+def _nested(module: nn.Module, shapes: tuple[Any, ...] | None) -> Any:
+    """`torch.export` wants the shapes of `*args` as one nested tuple."""
+    parameters = _positional(module)
+    if shapes is None or not (parameters and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL):
+        return shapes
+    return (shapes,)
+
+
+def _reason(error: BaseException) -> str:
+    """The sentence of the innermost error that says something."""
+    inner: BaseException = error
+    while inner.__cause__ is not None:
+        inner = inner.__cause__
+    lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
+    return f"{type(inner).__name__}: {lines[0][:300] if lines else 'no message'}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's chatter on stdout, its log and its deprecation warnings."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

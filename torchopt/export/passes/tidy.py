@@ -1,0 +1,61 @@
+"""Tidying: what an exporter leaves behind and no runtime needs, without touching a weight.
+
+1. Constant nodes become initializers.
+2. Small constants (shapes, axes, zero biases) are computed now; a weight is never an operand of that.
+3. Identity nodes, repeated computations, repeated initializers and nodes that nothing reads go.
+4. Doc strings and metadata go.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+from onnxscript.optimizer import fold_constants
+
+SMALL = 4096  # elements: shapes and zero biases, no weights
+
+
+class TidyPass(ir.passes.InPlacePass):
+    """Cases 1 to 4 of the module's docstring.
+
+    Args:
+        keep: initializers that must stay as they are, under their names: the model's weights.
+    """
+
+    def __init__(self, keep: frozenset[str] = frozenset()) -> None:
+        super().__init__()
+        self.keep = keep
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Tidy `model` in place."""
+        for step in (
+            common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            common.IdentityEliminationPass(),
+        ):
+            step(model)
+        log = logging.getLogger("onnxscript")
+        level = log.level
+        log.setLevel(logging.ERROR)
+        try:
+            fold_constants(model, should_fold=self._may_fold, output_size_limit=SMALL)
+        finally:
+            log.setLevel(level)
+        for step in (
+            common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            common.IdentityEliminationPass(),
+            common.CommonSubexpressionEliminationPass(),
+            common.DeduplicateInitializersPass(size_limit=SMALL),
+            common.RemoveUnusedNodesPass(),
+            common.RemoveUnusedFunctionsPass(),
+            common.RemoveUnusedOpsetsPass(),
+            common.ClearMetadataAndDocStringPass(),
+        ):
+            step(model)
+        return ir.passes.PassResult(model, modified=True)
+
+    def _may_fold(self, node: ir.Node) -> bool | None:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            return False
+        return False if any(value is not None and value.name in self.keep for value in node.inputs) else None
