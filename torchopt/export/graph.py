@@ -1,8 +1,8 @@
 """From a torch module to an ONNX graph: the only file that touches `torch.onnx`.
 
 The exporter's own optimizer stays off. It would fold batch norm into the convolutions under the weights' own names, and a weight
-in the file would no longer be the weight in torch; ORT folds batch norm itself when it loads a model. What is worth tidying is done
-by the passes in `passes/`, one at a time.
+in the file would no longer be the weight in torch; ORT folds batch norm itself when it loads a model. What is worth tidying is
+done by the passes in `passes/`, one at a time.
 """
 
 from __future__ import annotations

@@ -1,0 +1,213 @@
+"""What ONNX Runtime really runs: which layers are integer kernels, which stayed float and why, what packing left to run.
+
+The session writes the graph that it optimized to a temporary file; its node types are the truth. A layer is found there again by
+its output's name, which ORT keeps through fusion or passes on to the node that it fused with.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from torchopt.export.decoders import DOMAIN
+from torchopt.export.pack import read
+from torchopt.runtime.session import session
+
+LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+INTEGER = {
+    "QLinearConv",
+    "ConvInteger",
+    "QGemm",
+    "QLinearMatMul",
+    "MatMulInteger",
+    "MatMulIntegerToFloat",
+    "DynamicQuantizeMatMul",
+    "DynamicQuantizeLSTM",
+    "MatMulNBits",
+    "QAttention",
+}
+FLOAT = LAYERS | {"FusedConv", "NhwcFusedConv", "FusedGemm", "FusedMatMul"}
+DECODING = {"BitwiseAnd", "CumSum", "ScatterElements", "GatherElements"}  # what packing alone brings into a graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A convolution or matrix product: its weight's name, its kernel in ORT, whether that is integer, and why not."""
+
+    name: str
+    kernel: str
+    integer: bool
+    reason: str
+    weight_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where each layer of a file runs.
+
+    Attributes:
+        layers: a row a convolution or matrix product with a constant weight.
+        kernels: how often each node type occurs in the optimized graph.
+        undecoded: node types of packed weights that run at each inference (none where the runtime folds them).
+    """
+
+    layers: list[Layer]
+    kernels: dict[str, int]
+    undecoded: list[str]
+
+    @property
+    def integer(self) -> list[str]:
+        """Names of the layers that run as integers."""
+        return [layer.name for layer in self.layers if layer.integer]
+
+    @property
+    def float(self) -> list[str]:
+        """Names of the layers that run in float."""
+        return [layer.name for layer in self.layers if not layer.integer]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return {"integer": self.integer, "float": self.float, **asdict(self)}
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.integer)} of {len(self.layers)} layers run as integers in ONNX Runtime"]
+        lines += [f"  float: {layer.name} ({layer.kernel}): {layer.reason}" for layer in self.layers if not layer.integer]
+        if self.undecoded:
+            lines.append(f"  packed weights are decoded at each inference: {', '.join(self.undecoded)}")
+        lines.append("  " + ", ".join(f"{count} {kind}" for kind, count in sorted(self.kernels.items(), key=lambda x: -x[1])))
+        return "\n".join(lines)
+
+
+def inspect(path: str | os.PathLike[str]) -> Placement:
+    """Open the file in ONNX Runtime and report how its layers run.
+
+    Raises:
+        FileError: the file is missing, damaged, or refused.
+    """
+    model = read(path)
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "optimized.onnx"
+        session(path, optimized_to=target)
+        optimized = onnx.load(target)
+    kernels = Counter(node.op_type for node in optimized.graph.node)
+    producers = {output: node for node in optimized.graph.node for output in node.output}
+    layers = [_layer(node, weight, producers, model) for node, weight in _layers(model)]
+    packed = any(node.domain == DOMAIN for node in model.graph)
+    undecoded = sorted(DECODING & set(kernels)) if packed else []
+    return Placement(layers=_dealt(layers, kernels), kernels=dict(kernels), undecoded=undecoded)
+
+
+def _layers(model: ir.Model) -> list[tuple[ir.Node, ir.Value]]:
+    """The layers of the file with the value that names their weight."""
+    found = []
+    for node in model.graph:
+        if node.op_type in LAYERS and node.domain in ("", "ai.onnx"):
+            weight = next((w for w in map(_constant, node.inputs[1::-1]) if w is not None), None)
+            if weight is not None:
+                found.append((node, weight))
+        elif node.op_type in INTEGER:
+            weight = next(
+                (v for v in node.inputs[1:] if v is not None and v.is_initializer() and v.shape and len(v.shape) > 1), None
+            )
+            if weight is not None:
+                found.append((node, weight))
+    return found
+
+
+def _constant(value: ir.Value | None) -> ir.Value | None:
+    """The initializer or packed weight behind a value, through DequantizeLinear, Transpose and Reshape; None for activations."""
+    while value is not None:
+        node = value.producer()
+        if node is None:
+            return value if value.is_initializer() else None
+        if node.domain == DOMAIN:
+            return value
+        if node.op_type not in ("DequantizeLinear", "Transpose", "Reshape", "Cast", "Identity", "QuantizeLinear"):
+            return None
+        value = node.inputs[0]
+    return None
+
+
+def _layer(node: ir.Node, weight: ir.Value, producers: Mapping[str, onnx.NodeProto], model: ir.Model) -> Layer:
+    kernel = _kernel(node, producers)
+    integer = kernel in INTEGER
+    return Layer(
+        name=str(weight.name),
+        kernel=kernel,
+        integer=integer,
+        reason="" if integer else _reason(node),
+        weight_bytes=_stored_bytes(weight),
+    )
+
+
+def _kernel(node: ir.Node, producers: Mapping[str, onnx.NodeProto]) -> str:
+    """The type of the optimized node that computes the layer: its own output's producer, or that of a node which absorbed it."""
+    value, seen = node.outputs[0], 0
+    while value is not None and seen < 8:
+        found = producers.get(str(value.name))
+        if found is not None and found.op_type in INTEGER | FLOAT:
+            return found.op_type
+        users = [user for user, _ in value.uses()]
+        if not users:
+            break
+        value, seen = users[0].outputs[0], seen + 1
+    return ""
+
+
+def _dealt(layers: list[Layer], kernels: Mapping[str, int]) -> list[Layer]:
+    """Layers whose fused node has another name are dealt the kernels that are left over, integer ones only if no float is."""
+    left = Counter({k: n for k, n in kernels.items() if k in INTEGER | FLOAT})
+    left.subtract(layer.kernel for layer in layers if layer.kernel)
+    spare = sorted((k for k, n in left.items() for _ in range(max(0, n))), key=lambda k: k in INTEGER)
+    dealt = []
+    for layer in layers:
+        if layer.kernel:
+            dealt.append(layer)
+            continue
+        kernel = spare.pop(0) if spare else "?"
+        integer = kernel in INTEGER
+        reason = "" if integer else layer.reason
+        dealt.append(Layer(name=layer.name, kernel=kernel, integer=integer, reason=reason, weight_bytes=layer.weight_bytes))
+    return dealt
+
+
+def _reason(node: ir.Node) -> str:
+    """Why ORT could not fuse the layer: the first condition of its selectors that does not hold."""
+    activation, weight = node.inputs[0], node.inputs[1]
+    if not _dequantized(weight):
+        return "its weight is float"
+    if not _dequantized(activation):
+        return "its input is not quantized"
+    users = [user for user, _ in node.outputs[0].uses()]
+    if node.op_type != "MatMul" and not all(_reaches_quantize(user) for user in users):
+        return "its output is not quantized"
+    codes = activation.producer().inputs[0] if activation is not None and activation.producer() is not None else None  # type: ignore[union-attr]
+    if codes is not None and codes.dtype == ir.DataType.INT8:
+        return "its activations are int8, which the x86 kernels take only after a conversion; quantize to uint8"
+    return "ONNX Runtime has no integer kernel for this form"
+
+
+def _dequantized(value: ir.Value | None) -> bool:
+    producer = value.producer() if value is not None else None
+    return producer is not None and producer.op_type == "DequantizeLinear"
+
+
+def _reaches_quantize(node: ir.Node) -> bool:
+    if node.op_type in ("Relu", "Clip"):
+        return all(_reaches_quantize(user) for user, _ in node.outputs[0].uses())
+    return node.op_type == "QuantizeLinear"
+
+
+def _stored_bytes(weight: ir.Value) -> int:
+    """Bytes in the file: of the initializer, or of everything that the decoding call reads."""
+    node = weight.producer()
+    parts = [weight] if node is None else [v for v in node.inputs if v is not None]
+    return sum(v.const_value.nbytes for v in parts if v.const_value is not None)

@@ -1,0 +1,136 @@
+"""Proof that the file is the model: weights bit for bit, outputs in quantization steps, predictions one by one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import nn
+
+from torchopt.batches import Batch, model_inputs
+from torchopt.errors import DataError
+from torchopt.export.pack import decode_initializers
+from torchopt.progress import track
+from torchopt.runtime.session import session
+from torchopt.weights import weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """How a file compares with the model that it was exported from.
+
+    Attributes:
+        weights_equal: every weight that the file names decodes to the torch tensor bit for bit.
+        first_difference: the first weight that does not, or None.
+        weights_compared: how many were found in both.
+        max_abs: largest difference of an output.
+        max_relative: the same, over the largest output.
+        step: the scale of the last activation quantizer, in which the outputs are counted, or None for a float model.
+        max_steps: largest difference in steps, or None for a float model.
+        within_one_step: share of output entries that differ by one step at most, or None.
+        top1_agreement: share of samples whose largest output is the same.
+        samples: how many were compared.
+    """
+
+    weights_equal: bool
+    first_difference: str | None
+    weights_compared: int
+    max_abs: float
+    max_relative: float
+    step: float | None
+    max_steps: float | None
+    within_one_step: float | None
+    top1_agreement: float
+    samples: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        equal = f"{self.weights_compared} weights bit-equal" if self.weights_equal else f"{self.first_difference} DIFFERS"
+        steps = f", at most {self.max_steps:.2f} quantization steps apart" if self.max_steps is not None else ""
+        return (
+            f"{equal}; outputs at most {self.max_abs:.3g} apart ({self.max_relative:.2g} of the largest){steps}; "
+            f"top-1 agreement {self.top1_agreement:.2%} of {self.samples} samples"
+        )
+
+
+def verify(model: nn.Module, path: str | os.PathLike[str], batches: Iterable[Batch], *, progress: bool = True) -> Verdict:
+    """Compare a finalized torch model with the ONNX file that was exported from it.
+
+    Args:
+        model: what was exported.
+        path: the file.
+        batches: inputs (labels are ignored); the outputs of both are compared on them.
+        progress: show a bar on stderr.
+
+    Raises:
+        DataError: no batch, or NaN in the outputs.
+        FileError: the file is missing, damaged, or refused.
+    """
+    compared, different = compare_weights(model, path)
+    opened = session(path)
+    training = model.training
+    model.eval()
+    pairs = [_outputs(model, opened, batch) for batch in track(batches, "verify", enabled=progress)]
+    model.train(training)
+    if not pairs:
+        raise DataError("verify: the loader gave no batch; give at least one")
+    ours, theirs = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
+        raise DataError("verify: an output is NaN or infinite; give finite inputs")
+    return _verdict(ours, theirs, compared, different, output_step(model))
+
+
+def compare_weights(model: nn.Module, path: str | os.PathLike[str]) -> tuple[int, str | None]:
+    """Return how many weights of the model the file names, and the first whose value is not bit-equal, or None."""
+    stored = decode_initializers(path)
+    compared = 0
+    for weight in weights(model):
+        if weight.name in stored:
+            compared += 1
+            ours = weight.value.detach().cpu().numpy()
+            theirs = stored[weight.name]
+            if ours.dtype != theirs.dtype or ours.tobytes() != np.ascontiguousarray(theirs).tobytes():
+                return compared, weight.name
+    return compared, None
+
+
+def output_step(model: nn.Module) -> float | None:
+    """Return the scale of the last activation quantizer of a quantized model, the step of its logits, or None."""
+    scales = [name for name, m in model.named_modules() if type(m).__name__ == "FixedQuantize"]
+    return float(model.get_submodule(scales[-1]).get_buffer("scale")) if scales else None
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, opened: onnxruntime.InferenceSession, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    args, kwargs = model_inputs(model, batch)
+    ours = model(*args, **kwargs)
+    names = [spec.name for spec in opened.get_inputs()]
+    feed = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
+    theirs = opened.run(None, {k: v.detach().cpu().numpy() for k, v in feed.items()})[0]
+    first = ours if isinstance(ours, torch.Tensor) else next(iter(ours.values() if isinstance(ours, dict) else ours))
+    return first.detach().cpu().float().numpy(), np.asarray(theirs, dtype=np.float32)
+
+
+def _verdict(ours: np.ndarray, theirs: np.ndarray, compared: int, different: str | None, step: float | None) -> Verdict:
+    apart = np.abs(ours - theirs)
+    flat_ours, flat_theirs = ours.reshape(len(ours), -1), theirs.reshape(len(theirs), -1)
+    return Verdict(
+        weights_equal=different is None,
+        first_difference=different,
+        weights_compared=compared,
+        max_abs=float(apart.max()),
+        max_relative=float(apart.max() / max(float(np.abs(ours).max()), 1e-30)),
+        step=step,
+        max_steps=None if step is None else float(apart.max() / step),
+        within_one_step=None if step is None else float((apart <= 1.001 * step).mean()),
+        top1_agreement=float((flat_ours.argmax(1) == flat_theirs.argmax(1)).mean()),
+        samples=len(ours),
+    )
