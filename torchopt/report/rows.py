@@ -1,0 +1,194 @@
+"""What each weight of a model, or of an ONNX file, has become: one row a weight, and totals.
+
+`bytes` is what the weight takes as a plain file stores it: the tensor itself for a torch model, the initializers (codes, table,
+positions) for an ONNX file. `entropy_bits` is the order-0 entropy of its values, in bits a weight: no code that treats weights one by
+one can be smaller.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from torchopt.export.decoders import DOMAIN
+from torchopt.export.pack import decode_initializers, read
+from torchopt.grid import Grid, grids
+from torchopt.state import find_state
+from torchopt.weights import Skipped, Weight, is_pruned, weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One weight.
+
+    Attributes:
+        name: as in the `state_dict`.
+        shape: of the dense tensor.
+        sparsity: fraction of zeros, in [0, 1].
+        distinct_values: how many different values it holds.
+        bits: bits a weight, as stored.
+        bytes: as stored.
+        entropy_bits: order-0 entropy of the values, bits a weight.
+        techniques: what stands on it or is seen in it: "pruned", "clustered", "int8", …
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sparsity: float
+    distinct_values: int
+    bits: float
+    bytes: int
+    entropy_bits: float
+    techniques: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A row a weight, and what was left alone and why."""
+
+    rows: list[Row]
+    skipped: list[Skipped]
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """Weights, bytes, sparsity over all weights, and mean bits a weight."""
+        count = sum(int(np.prod(row.shape)) for row in self.rows)
+        zeros = sum(row.sparsity * int(np.prod(row.shape)) for row in self.rows)
+        size = sum(row.bytes for row in self.rows)
+        bound = sum(row.entropy_bits * int(np.prod(row.shape)) for row in self.rows) / 8
+        return {
+            "weights": count,
+            "bytes": size,
+            "sparsity": zeros / count if count else 0.0,
+            "bits": 8 * size / count if count else 0.0,
+            "entropy_bytes": round(bound),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return {
+            "rows": [asdict(row) for row in self.rows],
+            "totals": self.totals,
+            "skipped": [asdict(skip) for skip in self.skipped],
+        }
+
+    def __str__(self) -> str:
+        table = Table()
+        for name in ("weight", "shape", "zeros", "values", "bits", "bytes", "entropy bits", ""):
+            table.add_column(name, justify="left" if name in ("weight", "shape", "") else "right")
+        for row in self.rows:
+            shape = "×".join(map(str, row.shape))
+            cells = (
+                f"{row.sparsity:.1%}",
+                f"{row.distinct_values:,}",
+                f"{row.bits:.2f}",
+                f"{row.bytes:,}",
+                f"{row.entropy_bits:.2f}",
+            )
+            table.add_row(row.name, shape, *cells, " ".join(row.techniques))
+        totals = self.totals
+        cells = (f"{totals['sparsity']:.1%}", "", f"{totals['bits']:.2f}", f"{totals['bytes']:,}", "", "")
+        table.add_section()
+        table.add_row("total", f"{totals['weights']:,} weights", *cells)
+        console = Console(width=130)
+        with console.capture() as capture:
+            console.print(table)
+        left = "".join(f"left alone by {s.technique}: {s.name}: {s.reason}\n" for s in self.skipped)
+        return capture.get() + left
+
+
+def report(model_or_path: nn.Module | str | os.PathLike[str]) -> Report:
+    """Report on the weights of a torch model (before, during or after compression) or of an ONNX file.
+
+    Raises:
+        FileError: the file is missing, damaged, or no ONNX file.
+
+    Example:
+        >>> import torch
+        >>> layer = nn.Linear(4, 2, bias=False)
+        >>> layer.weight.data = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 0.0, 2.0]])
+        >>> row = report(layer).rows[0]
+        >>> row.sparsity, row.distinct_values, row.bytes
+        (0.625, 3, 32)
+    """
+    if isinstance(model_or_path, nn.Module):
+        return _of_model(model_or_path)
+    return _of_file(Path(model_or_path))
+
+
+def entropy_bits(value: np.ndarray) -> float:
+    """Return the order-0 entropy of the values of an array, in bits an element.
+
+    Example:
+        >>> entropy_bits(np.array([0.0, 0.0, 1.0, 1.0]))
+        1.0
+    """
+    _, counts = np.unique(value, return_counts=True)
+    share = counts / counts.sum()
+    return float(-(share * np.log2(share)).sum()) + 0.0
+
+
+def _of_model(model: nn.Module) -> Report:
+    found = find_state(model)
+    inner, skipped = (found[0], found[1].skipped) if found else (model, [])
+    known = grids(inner)
+    return Report(rows=[_weight_row(weight, known) for weight in weights(inner)], skipped=list(skipped))
+
+
+def _weight_row(weight: Weight, known: Mapping[str, Grid]) -> Row:
+    value = weight.value.detach().cpu().float().numpy()
+    grid = known.get(weight.name)
+    size = value.nbytes if grid is None else -(-value.size * grid.bits // 8) + 4 * grid.scale.numel()
+    standing = ("masked",) if is_pruned(weight.module, weight.param) else ()
+    return _row(weight.name, value, size, grid.bits if grid else None, standing)
+
+
+def _of_file(path: Path) -> Report:
+    values = decode_initializers(path)
+    model = read(path)
+    stored: dict[str, tuple[int, int | None]] = {}
+    for name, value in model.graph.initializers.items():
+        stored[name] = (value.const_value.nbytes if value.const_value is not None else 0, _bits(value.dtype))
+    for node in model.graph:
+        if node.domain == DOMAIN:
+            parts = [v for v in node.inputs if v is not None and v.const_value is not None]
+            size = sum(v.const_value.nbytes for v in parts if v.const_value is not None)
+            stored[str(node.outputs[0].name)] = (size, _bits(parts[-1].dtype))
+    rows = [
+        _row(name, v, *stored[name], ()) for name, v in values.items() if v.ndim > 1 and v.dtype == np.float32 and name in stored
+    ]
+    return Report(rows=rows, skipped=[])
+
+
+def _bits(dtype: ir.DataType | None) -> int | None:
+    return {ir.DataType.INT8: 8, ir.DataType.UINT8: 8, ir.DataType.FLOAT16: 16}.get(dtype) if dtype is not None else None
+
+
+def _row(name: str, value: np.ndarray, size: int, bits: int | None, standing: tuple[str, ...]) -> Row:
+    zeros, distinct = float((value == 0).mean()), len(np.unique(value))
+    seen = list(standing)
+    if zeros > 0.05 and "masked" not in seen:
+        seen.append("pruned")
+    if distinct <= 256 and value.size >= 8 * distinct and (bits is None or distinct < 2 ** (bits - 1)):
+        seen.append("clustered")
+    if bits is not None:
+        seen.append("float16" if bits == 16 else f"int{bits}")
+    return Row(
+        name=name,
+        shape=tuple(value.shape),
+        sparsity=zeros,
+        distinct_values=distinct,
+        bits=8 * size / value.size,
+        bytes=size,
+        entropy_bits=entropy_bits(value),
+        techniques=tuple(seen),
+    )
