@@ -47,7 +47,7 @@ def run_stages(recipe: Recipe, data: Dataset, position: Position, save: Save, *,
         model = started_model(recipe, position.start, position.plan)
         if stage.shrink is not None and not position.shrunk:
             model = _shrunken(model, data, stage.shrink)
-            position.start, position.plan, position.shrunk = model.state_dict(), plan_of(model), True
+            position.start, position.plan, position.shrunk = _copied(model), plan_of(model), True
             save(position)
         model, epochs = _compressed(model, recipe, data, position, save, progress=progress)
         result = {"name": stage.title, "score": accuracy(model, data.test_batches()), "epochs": epochs}
@@ -55,7 +55,7 @@ def run_stages(recipe: Recipe, data: Dataset, position: Position, save: Save, *,
         if position.stage + 1 == len(recipe.stages):
             return model
         position.stage += 1
-        position.start, position.plan, position.shrunk, position.training = model.state_dict(), plan_of(model), False, None
+        position.start, position.plan, position.shrunk, position.training = _copied(model), plan_of(model), False, None
         save(position)
 
 
@@ -66,6 +66,10 @@ def started_model(recipe: Recipe, weights: Tensors, plan: object = None) -> nn.M
         apply_plan(model, plan)
     model.load_state_dict(weights, strict=True)
     return model
+
+
+def _copied(model: nn.Module) -> Tensors:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def _compressed(

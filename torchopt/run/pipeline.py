@@ -1,0 +1,208 @@
+"""From a recipe to its result: check everything first, carry the stages out, then export, verify, time and report.
+
+    recipe → model, data → stages → baseline.onnx, model.onnx → verify → benchmark → report.html, report.json
+
+Whatever a user can get wrong in a recipe is found before the folder is touched. `report.json` is written last: where it lies, the
+run is finished. Scores are of ONNX Runtime, on the files that were written, not of torch.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from torchopt import recipe as recipes
+from torchopt.data import Dataset
+from torchopt.errors import FileError, ModelError
+from torchopt.export import export
+from torchopt.files import write_text
+from torchopt.recipe import Loaded, Recipe
+from torchopt.report import report as weight_report
+from torchopt.report import write_html
+from torchopt.rules import assign
+from torchopt.run.folder import BASELINE, MODEL, PAGE, RECIPE, REPORT, Folder, Position, open_folder
+from torchopt.run.stages import run_stages, started_model
+from torchopt.runtime import benchmark, inspect, session, verify
+
+
+def run(
+    loaded: Loaded, out: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False, progress: bool = True
+) -> dict[str, Any]:
+    """Carry out a recipe and leave its result in a folder.
+
+    Args:
+        loaded: what `torchopt.recipe.load` returned.
+        out: the folder; made where it does not exist.
+        resume: go on with the run that lies there; where there is none, start.
+        overwrite: remove the run that lies there and start again.
+        progress: show progress bars on stderr.
+
+    Returns:
+        What `report.json` holds.
+
+    Raises:
+        TorchoptError: a mistake in the recipe, the model, the data, or the folder.
+    """
+    recipe = loaded.recipe
+    torch.manual_seed(recipe.seed)
+    model = recipe.model.build()
+    data = checked(recipe, model)
+    folder = open_folder(out, loaded, resume=resume, overwrite=overwrite)
+    if folder.finished:
+        return read_report(out)
+    started = time.monotonic()
+    position = folder.position() or Position(stage=0, start=model.state_dict())
+    final = run_stages(recipe, data, position, folder.save, progress=progress)
+    result = _result(recipe, data, folder, final, position, progress=progress)
+    result["seconds"] = round(time.monotonic() - started, 1)
+    write_html(result, folder[PAGE])
+    write_text(folder[REPORT], json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def checked(recipe: Recipe, model: nn.Module) -> Dataset:
+    """Load the data, and refuse what could only fail later: rules without match, weights that are not finite, other shapes.
+
+    Raises:
+        RuleError: a rule matches nothing.
+        ModelError: a weight is not finite, or the model does not take the data.
+        DataError: the data is empty or not finite.
+    """
+    for stage in recipe.stages:
+        if stage.compress is not None:
+            assign(model, stage.compress)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"model: {name} holds NaN or infinity; finite weights are needed")
+    data = recipe.data.load()
+    mode = model.training
+    try:
+        with torch.no_grad():
+            logits = model.eval()(data.example)
+    except RuntimeError as error:
+        shape = tuple(data.example.shape)
+        raise ModelError(f"model: does not take the data's inputs of shape {shape}: {str(error).splitlines()[0]}") from error
+    model.train(mode)
+    if logits.dim() != 2 or logits.shape[1] < len(data.classes):
+        shape, count = tuple(logits.shape), len(data.classes)
+        raise ModelError(f"model: gives outputs of shape {shape} for data of {count} classes; (N, {count}) is needed")
+    return data
+
+
+def matched(recipe: Recipe) -> list[dict[str, Any]]:
+    """Return which rule each weight gets in each stage, without touching any data.
+
+    Returns:
+        One row a weight and stage: stage, weight, shape, rule, and what is done with it.
+    """
+    model = recipe.model.build()
+    rows = []
+    for stage in recipe.stages:
+        for found in assign(model, stage.compress) if stage.compress is not None else []:
+            prune, cluster, quantize = found.rule.prune, found.rule.cluster, found.rule.quantize
+            rows.append(
+                {
+                    "stage": stage.title,
+                    "weight": found.weight.name,
+                    "shape": "×".join(map(str, found.weight.value.shape)),
+                    "rule": found.rule.match,
+                    "prune": f"{prune.timing.final:.0%} {prune.pattern}" if prune else None,
+                    "cluster": f"{cluster.n_clusters} values" if cluster else None,
+                    "quantize": f"{quantize.mode}, {quantize.weight_bits} bits" if quantize else None,
+                }
+            )
+    return rows
+
+
+def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what the `report.json` of a finished run holds.
+
+    Raises:
+        FileError: there is none, or it is damaged.
+    """
+    path = Path(folder) / REPORT
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read; the folder of a finished run is needed") from error
+    except ValueError as error:
+        raise FileError(f"{path}: is damaged ({error}); run again with --overwrite") from error
+    return found
+
+
+def final_model(folder: str | os.PathLike[str]) -> tuple[nn.Module, torch.Tensor]:
+    """Return the final network of a finished run, rebuilt from its checkpoint, and an example input.
+
+    Raises:
+        FileError: the folder holds no finished run.
+    """
+    read_report(folder)
+    place = Folder(path=Path(folder))
+    recipe = recipes.load(place[RECIPE]).recipe
+    position = place.position()
+    if position is None:
+        raise FileError(f"{folder}: its checkpoint is gone; run again with --overwrite")
+    data = recipe.data.load()
+    return run_stages(recipe, data, position, lambda _: None), data.example
+
+
+def accuracy_in_onnx_runtime(path: str | os.PathLike[str], data: Dataset) -> float:
+    """Return the share of right answers that an ONNX file gives on the test part."""
+    opened = session(path)
+    entry = opened.get_inputs()[0]
+    size = entry.shape[0] if isinstance(entry.shape[0], int) else 256
+    right = 0
+    for inputs, labels in data.test_batches(size):
+        logits = opened.run(None, {entry.name: inputs.numpy()})[0]
+        right += int((np.asarray(logits).argmax(1) == labels.numpy()).sum())
+    return right / len(data.test_labels)
+
+
+def _result(
+    recipe: Recipe, data: Dataset, folder: Folder, final: nn.Module, position: Position, *, progress: bool
+) -> dict[str, Any]:
+    """Write the two ONNX files and measure them."""
+    compressed = position.baseline is not None
+    before = started_model(recipe, position.baseline).eval() if position.baseline is not None else final
+    options = {"target": recipe.export.target, "dynamic_batch": recipe.export.dynamic_batch}
+    export(before, (data.example,), folder[BASELINE], pack=False, **options)  # type: ignore[arg-type]
+    pack = recipe.export.pack if compressed else False
+    export(final.eval(), (data.example,), folder[MODEL], pack=pack, **options)  # type: ignore[arg-type]
+    size = 256 if recipe.export.dynamic_batch else 1
+    verdict = verify(final, folder[MODEL], [x for x, _ in data.test_batches(size)], progress=progress)
+    config = recipe.benchmark
+    timing = benchmark([folder[BASELINE], folder[MODEL]], threads=config.threads, repeats=config.repeats, progress=progress)
+    first, last = timing.rows
+    weights = weight_report(folder[MODEL]).to_dict()
+    return {
+        "score": {
+            "metric": "accuracy",
+            "baseline": accuracy_in_onnx_runtime(folder[BASELINE], data),
+            "final": accuracy_in_onnx_runtime(folder[MODEL], data),
+        },
+        "size_bytes": {
+            "baseline": folder[BASELINE].stat().st_size,
+            "final": folder[MODEL].stat().st_size,
+            "baseline_gzip": _gzipped(folder[BASELINE]),
+            "final_gzip": _gzipped(folder[MODEL]),
+        },
+        "latency_ms": {"baseline": first.latency_ms, "final": last.latency_ms, "ratio": last.ratio},
+        "layers": weights["rows"],
+        "totals": weights["totals"],
+        "placement": inspect(folder[MODEL]).to_dict(),
+        "verify": verdict.to_dict(),
+        "timing": timing.to_dict(),
+        "stages": position.stages,
+    }
+
+
+def _gzipped(path: Path) -> int:
+    return len(gzip.compress(path.read_bytes(), 9, mtime=0))
