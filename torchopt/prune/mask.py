@@ -188,7 +188,7 @@ def find_mask(module: nn.Module, param: str) -> Mask | None:
 
 def _is_own_leaf(leaf: object) -> bool:
     """True for a Parameter that may be written to; within `torch.func.functional_call` a plain tensor stands in its place."""
-    return isinstance(leaf, nn.Parameter) and not leaf.is_inference()
+    return isinstance(leaf, nn.Parameter) and (torch.compiler.is_compiling() or not leaf.is_inference())
 
 
 def _alias(module: nn.Module, name: str, leaf: nn.Parameter) -> None:
