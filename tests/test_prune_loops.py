@@ -1,4 +1,4 @@
-"""What a training loop may do around masks: copies, checkpoints, accumulation, autocast, compile, EMA, DDP, tables underneath (P24, P25, P29)."""
+"""What a training loop may do around masks: copies, resume, accumulation, autocast, compile, EMA, DDP, tables (P24, P25, P29)."""
 
 import copy
 import io
@@ -162,7 +162,9 @@ def test_autocast_bfloat16():
 
 def test_ema_copy_follows_the_masks():
     model = pruned(Prune(schedule=PolynomialDecay(final_sparsity=0.75, end_step=6, frequency=2)))
-    for average in (AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=buffers) for buffers in (False, True)):
+    for average in (
+        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=buffers) for buffers in (False, True)
+    ):
         if average.use_buffers:
             model[1] = average.module[1] = nn.Identity()
         optimizer = sgd(model)
@@ -239,7 +241,11 @@ def test_a_parametrization_under_the_mask():
 
 def test_a_parametrization_under_the_masks_of_recurrent_and_attention_layers():
     rnn, attention = nn.GRU(3, 8, batch_first=True), nn.MultiheadAttention(16, 2)
-    for module, names in ((rnn, ("weight_ih_l0", "weight_hh_l0")), (attention.out_proj, ("weight",)), (attention, ("in_proj_weight",))):
+    for module, names in (
+        (rnn, ("weight_ih_l0", "weight_hh_l0")),
+        (attention.out_proj, ("weight",)),
+        (attention, ("in_proj_weight",)),
+    ):
         attach([(w, HALF) for w in weights(module) if w.param in names and w.module is module], preserve=True)
         for name in names:
             parametrize.register_parametrization(module, f"{name}_orig", Halves(), unsafe=True)

@@ -139,7 +139,8 @@ def test_P14_conformance():
 
 
 @pytest.mark.parametrize(
-    ("module", "axis"), [(nn.Conv2d(8, 4, 3), 1), (nn.Linear(12, 5), 1), (nn.ConvTranspose2d(8, 4, 3), 0), (nn.Conv1d(10, 4, 3), 1)]
+    ("module", "axis"),
+    [(nn.Conv2d(8, 4, 3), 1), (nn.Linear(12, 5), 1), (nn.ConvTranspose2d(8, 4, 3), 0), (nn.Conv1d(10, 4, 3), 1)],
 )
 def test_P15_groups_run_along_input_channels(module, axis):
     masked(module, Prune(pattern="2:4"))
@@ -198,7 +199,9 @@ def test_selection_equals_a_full_sort(make, keep_share):
 
 def test_global_ranking_is_one_ranking():
     model = nn.Sequential(matrix(torch.arange(1, 9).reshape(2, 4)), matrix(torch.arange(5, 13).reshape(2, 4)))
-    first, second = masked(model, Prune(schedule=7 / 16, scope="global"))  # 9 survive: 12 11 10 9 8 8 7 7, and the first of the two 6
+    first, second = masked(
+        model, Prune(schedule=7 / 16, scope="global")
+    )  # 9 survive: 12 11 10 9 8 8 7 7, and the first of the two 6
     assert first.flatten().tolist() == [False] * 5 + [True] * 3
     assert second.flatten().tolist() == [False] * 2 + [True] * 6
 

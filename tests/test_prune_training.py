@@ -135,7 +135,9 @@ class Functional(nn.Module):
         return self.dense(F.max_pool2d(F.relu(self.conv(x)), 2).flatten(1))
 
 
-@pytest.mark.parametrize("build", [lambda: nn.Sequential(*convnet()), Functional, lambda: nn.Sequential(nn.Sequential(*convnet()))])
+@pytest.mark.parametrize(
+    "build", [lambda: nn.Sequential(*convnet()), Functional, lambda: nn.Sequential(nn.Sequential(*convnet()))]
+)
 def test_P17_a_convnet_goes_from_dense_to_half(build):
     model = attached(build())
     assert all(zeros(w.value) == 0 for w in weights(model))
@@ -248,7 +250,9 @@ def test_gradients_are_dense_and_a_masked_weight_can_come_back():
 
 
 def test_P22_resume_in_the_middle_of_a_schedule():
-    config = Prune(schedule=PolynomialDecay(initial_sparsity=0.2, final_sparsity=0.6, begin_step=1, end_step=4, power=3, frequency=1))
+    config = Prune(
+        schedule=PolynomialDecay(initial_sparsity=0.2, final_sparsity=0.6, begin_step=1, end_step=4, power=3, frequency=1)
+    )
     torch.manual_seed(0)
     fresh, x = nn.Linear(10, 10), (torch.randn(4, 10),)
     model = attached(copy.deepcopy(fresh), config)
@@ -403,7 +407,9 @@ def test_movement_keeps_what_moves_away_from_zero():
 @pytest.mark.parametrize("score", ["taylor", "movement"])
 def test_scores_without_gradients_are_errors(score):
     model = attached(nn.Linear(3, 3), Prune(schedule=0.5, score=score))
-    with pytest.raises(StateError, match=rf"weight: has no gradient, which score='{score}' needs; call torchopt\.step\(model\) after"):
+    with pytest.raises(
+        StateError, match=rf"weight: has no gradient, which score='{score}' needs; call torchopt\.step\(model\) after"
+    ):
         update(model, 1)
     with pytest.raises(StateError, match=rf"weight: score='{score}' has seen no data; it needs training steps with gradients"):
         finish(model)
@@ -441,10 +447,8 @@ def test_wanda_on_convolutions(conv, x):
     norm = channels.norm(dim=1)
     score = torch.zeros_like(before)
     for index in torch.cartesian_prod(*[torch.arange(n) for n in before.shape[:2]]).tolist():
-        if conv.transposed:
-            channel = index[0]
-        else:
-            channel = index[0] // (before.shape[0] // conv.groups) * before.shape[1] + index[1]
+        group = index[0] // (before.shape[0] // conv.groups)
+        channel = index[0] if conv.transposed else group * before.shape[1] + index[1]
         score[index[0], index[1]] = before[index[0], index[1]].abs() * norm[channel]
     threshold = score.flatten().sort(descending=True).values[round(score.numel() / 2) - 1]
     assert torch.equal(conv.weight_mask, score >= threshold)

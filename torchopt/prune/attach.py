@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.prune import PruningContainer
 
 from torchopt.errors import RuleError, StateError
 from torchopt.prune.config import Prune
@@ -83,6 +84,11 @@ def _installed(model: nn.Module) -> Iterator[tuple[nn.Module, Mask]]:
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, Mask):
                 yield module, hook
+            elif isinstance(hook, PruningContainer) and any(isinstance(method, Mask) for method in hook):
+                raise StateError(
+                    f"{type(module).__name__}.{hook._tensor_name}: another mask of torch.nn.utils.prune was put over torchopt's; "
+                    "remove it, and prepare the model again"
+                )
 
 
 def _check(weight: Weight, config: Prune) -> None:
