@@ -1,0 +1,277 @@
+"""Put tables on weights, keep their codes fresh while training, and take them off again.
+
+A weight that a mask stands on is parametrized under it, on `<param>_orig`, and entry 0 of its table is 0 and stays 0: masked weights
+use it. Zero is pinned too where zeros are found in the weights and are to be preserved. A weight that an earlier round has left with
+few distinct values keeps exactly those. Taking off is our own: torch's `remove_parametrizations` deletes the attribute from a class that
+deep copies share, and so destroys the original of a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from torchopt.cluster.config import MOST_CLUSTERS, Cluster
+from torchopt.cluster.kmeans import kmeans
+from torchopt.cluster.points import Array
+from torchopt.cluster.shared import SharedWeights, grid_scale
+from torchopt.errors import ModelError, RuleError
+from torchopt.grid import set_grid
+from torchopt.weights import Skipped, Weight, is_pruned
+
+
+def attach(
+    pairs: Sequence[tuple[Weight, Cluster]], *, preserve: bool, importance: Mapping[str, Tensor] | None = None
+) -> list[Skipped]:
+    """Put a table on each weight, in place.
+
+    Args:
+        pairs: weights and what to do with them, in the model's order.
+        preserve: keep the zeros and the few distinct values that are found in the weights.
+        importance: masses for k-means by weight name, of the weights' shapes (squared gradients); a weight without counts evenly.
+
+    Returns:
+        The weights that were left alone, and why.
+
+    Raises:
+        ModelError: a weight holds NaN or infinity, or something else is parametrized on it.
+        RuleError: no weight at all could be clustered.
+
+    Example:
+        >>> from torchopt.weights import weights
+        >>> layer = nn.Linear(8, 8)
+        >>> attach([(weights(layer)[0], Cluster(n_clusters=4))], preserve=True)
+        []
+        >>> len(layer.weight.unique())
+        4
+    """
+    skipped: list[Skipped] = []
+    for number, (weight, config) in enumerate(pairs):
+        first = all(other is not config for _, other in pairs[:number])
+        reason = _unfit(weight, config, first=first) or _put_on(weight, config, preserve, (importance or {}).get(weight.name))
+        if reason:
+            skipped.append(Skipped(name=weight.name, technique="cluster", reason=reason))
+    if skipped and len(skipped) == len(pairs):
+        raise RuleError(
+            f"{skipped[0].name}: cluster has nothing to act on: {skipped[0].reason}; change the rule, or leave it out"
+        )
+    return skipped
+
+
+def update(model: nn.Module, step: int) -> bool:
+    """After optimizer step `step` (from 1): find the nearest entry of each weight anew where it is due; True if a table stands."""
+    tables = list(shared_weights(model))
+    for weight, shared in tables:
+        if step % shared.config.frequency == 0:
+            shared.refresh(weight.trainable, _mask(weight))
+    return bool(tables)
+
+
+def bake(model: nn.Module) -> None:
+    """Replace each shared weight by an ordinary Parameter with the values that forward uses, in place."""
+    for weight, shared in reversed(list(shared_weights(model))):  # the last one put on finds its place among the others first
+        with torch.no_grad():
+            leaf = weight.trainable
+            leaf.copy_(shared.render())
+            if shared.config.table_bits is not None:
+                _record_grid(weight, shared, shared.config.table_bits)
+        _strip(weight.module, _leaf_name(weight), leaf)
+
+
+def table_of(weight: Weight) -> Tensor | None:
+    """Return the table of a weight as forward uses it, (groups, k), or None where it has none."""
+    shared = _shared_of(weight.module, _leaf_name(weight))
+    return None if shared is None else shared.values().detach().clone()
+
+
+def shared_weights(model: nn.Module) -> Iterator[tuple[Weight, SharedWeights]]:
+    """Yield each weight that a table stands on, with its parametrization."""
+    for module_name, module in model.named_modules():
+        stacks = module._modules.get("parametrizations")
+        for leaf in list(stacks or ()):  # type: ignore[arg-type]
+            shared = _shared_of(module, leaf)
+            if shared is not None:
+                param = leaf.removesuffix("_orig") if is_pruned(module, leaf.removesuffix("_orig")) else leaf
+                yield Weight(module_name=module_name, module=module, param=param, kind="shared", out_axis=shared.out_axis), shared
+
+
+def _unfit(weight: Weight, config: Cluster, *, first: bool) -> str | None:
+    """Why a weight should not have a table at all, or None."""
+    if weight.depthwise and not config.include_depthwise:
+        return "depthwise (include_depthwise=False)"
+    if config.skip_first and first:
+        return "first of the matched layers (skip_first=True)"
+    if weight.aliases:
+        return f"the same Parameter is used as {', '.join(weight.aliases)}"
+    if parametrize.is_parametrized(weight.module, _leaf_name(weight)):
+        raise ModelError(
+            f"{weight.name}: parametrized already; remove that parametrization, or call torchopt.finalize(model), first"
+        )
+    if not bool(torch.isfinite(weight.trainable).all()):
+        raise ModelError(f"{weight.name}: holds NaN or infinity; a trained, finite model is needed")
+    return None if weight.trainable.requires_grad else "frozen (requires_grad=False)"
+
+
+def _put_on(weight: Weight, config: Cluster, preserve: bool, importance: Tensor | None) -> str | None:
+    """Find the table and parametrize; or return why not."""
+    module, leaf, value = weight.module, _leaf_name(weight), weight.trainable.detach()
+    mask = _mask(weight)
+    pinned = mask is not None or (preserve and bool((value == 0).any()))
+    groups = _groups(value, config, weight.out_axis)
+    rows, kept = _rows(value, groups, weight.out_axis), None if mask is None else _rows(mask, groups, weight.out_axis)
+    found = [np.unique(row if kept is None else row[kept[i].astype(bool)]) for i, row in enumerate(rows)]
+    reason = _too_few(found, rows.shape[1], config, preserve)
+    if reason:
+        return reason
+    masses = None if importance is None else _rows(importance, groups, weight.out_axis)
+    tables = []
+    for i, distinct in enumerate(found):
+        chosen = slice(None) if kept is None else kept[i].astype(bool)
+        tables.append(_table(rows[i][chosen], distinct, config, pinned, None if masses is None else masses[i][chosen]))
+    table = torch.from_numpy(_padded(tables)).to(value.dtype).to(value.device)
+    codes = torch.zeros(rows.shape, dtype=torch.uint8, device=value.device)
+    place = list(module._parameters).index(leaf)
+    shared = SharedWeights(config, table, codes, value.shape, out_axis=weight.out_axis, pinned=pinned, place=place)
+    shared.refresh(value, mask)
+    parametrize.register_parametrization(module, leaf, shared, unsafe=True)
+    shared.train(module.training)
+    if isinstance(module, nn.RNNBase) and mask is None:
+        module.register_forward_pre_hook(_publish)
+        module.register_forward_hook(_withdraw, always_call=True)
+        _withdraw(module)
+    return None
+
+
+def _table(values: Array, distinct: Array, config: Cluster, pinned: bool, importance: Array | None) -> Array:
+    """The entries of one group, ascending, but a pinned 0 first."""
+    if len(distinct[distinct != 0] if pinned else distinct) <= config.n_clusters and len(distinct) <= MOST_CLUSTERS - pinned:
+        entries: Array = distinct.astype(np.float64)
+    elif pinned and config.n_clusters == 2:
+        raise RuleError("cluster: n_clusters=2 with zero kept leaves one other value for both signs; use n_clusters=3 or more")
+    else:
+        entries = kmeans(
+            values,
+            config.n_clusters,
+            init=config.init,
+            importance=importance,
+            pin_zero=pinned,
+            iterations=config.iterations,
+            seed=config.seed,
+        )
+    return np.concatenate(([0.0], entries[entries != 0])) if pinned else entries
+
+
+def _too_few(found: Sequence[Array], size: int, config: Cluster, preserve: bool) -> str | None:
+    """Why the weights are left as they are: no more distinct values than clusters, unless an earlier round shared them."""
+    most = max(len(distinct) for distinct in found)
+    if most > config.n_clusters:
+        return None
+    if preserve and most >= 2 and 2 * most <= size:
+        return None
+    return f"{most} distinct values, no more than n_clusters={config.n_clusters}"
+
+
+def _padded(tables: Sequence[Array]) -> Array:
+    """Tables of unequal length as one array; the last entry is repeated."""
+    most = max(map(len, tables))
+    return np.stack([np.concatenate((t, np.full(most - len(t), t[-1]))) for t in tables])
+
+
+def _groups(value: Tensor, config: Cluster, out_axis: int) -> int:
+    if not config.per_channel:
+        return 1
+    channels = value.shape[out_axis]
+    if channels % config.channels_per_table:
+        raise RuleError(
+            f"cluster: channels_per_table={config.channels_per_table} does not divide {channels} output channels; "
+            "use a divisor of every layer's channels"
+        )
+    return channels // config.channels_per_table
+
+
+def _rows(value: Tensor, groups: int, out_axis: int) -> Array:
+    """A tensor as a (groups, n / groups) array, bfloat16 and half as float32."""
+    value = value.detach().cpu()
+    if groups > 1 and out_axis:
+        value = value.movedim(out_axis, 0)
+    if value.dtype in (torch.bfloat16, torch.float16):
+        value = value.float()
+    rows: Array = value.reshape(groups, -1).numpy()
+    return rows
+
+
+def _record_grid(weight: Weight, shared: SharedWeights, bits: int) -> None:
+    scale = grid_scale(shared.table, bits)[:, 0]
+    if len(scale) == 1:
+        set_grid(weight.module, weight.param, scale[0], bits, None)
+        return
+    set_grid(weight.module, weight.param, scale.repeat_interleave(shared.config.channels_per_table), bits, weight.out_axis)
+
+
+def _strip(module: nn.Module, leaf: str, parameter: nn.Parameter) -> None:
+    """Take the parametrization of `leaf` off this module only, and put the Parameter back in its place among the others."""
+    stacks = module.parametrizations
+    assert isinstance(stacks, nn.ModuleDict)
+    shared = _shared_of(module, leaf)
+    assert shared is not None
+    del stacks[leaf]
+    kind = type(module)
+    if len(stacks):  # something of the user's remains: a class like the injected one, without our attribute
+        rest = {name: thing for name, thing in vars(kind).items() if name not in (leaf, "__dict__", "__weakref__")}
+        module.__class__ = type(kind.__name__, kind.__bases__, rest)
+    else:
+        del module._modules["parametrizations"]
+        module.__class__ = kind.__bases__[0]
+    others = list(module._parameters.items())
+    module._parameters.clear()
+    module._parameters.update([*others[: shared.place], (leaf, parameter), *others[shared.place :]])
+    if isinstance(module, nn.RNNBase):
+        _remove_hooks(module)
+
+
+def _publish(module: nn.Module, inputs: object) -> None:
+    """Before an RNN's forward: give it the shared weights, as it keeps its own list of them."""
+    assert isinstance(module, nn.RNNBase)
+    module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+
+
+def _withdraw(module: nn.Module, *_: object) -> None:
+    """After an RNN's forward: leave leaves in its list, as tensors that have a history cannot be copied or saved."""
+    assert isinstance(module, nn.RNNBase)
+    module._flat_weights = [_leaf(module, name) for name in module._flat_weights_names]
+
+
+def _leaf(module: nn.Module, name: str) -> Tensor:
+    shared = _shared_of(module, name)
+    return getattr(module, name) if shared is None else module.parametrizations[name].original  # type: ignore[no-any-return, index, union-attr]
+
+
+def _remove_hooks(module: nn.RNNBase) -> None:
+    """Take one pair of hooks off an RNN; once the last weight is plain, its list is of Parameters again."""
+    for hooks, ours in ((module._forward_pre_hooks, _publish), (module._forward_hooks, _withdraw)):
+        key = next((key for key, hook in hooks.items() if hook is ours), None)
+        if key is not None:
+            del hooks[key]  # type: ignore[attr-defined]
+            module._forward_hooks_always_called.pop(key, None)
+    module._flat_weights = [_leaf(module, name) for name in module._flat_weights_names]
+    module.flatten_parameters()
+
+
+def _leaf_name(weight: Weight) -> str:
+    return f"{weight.param}_orig" if is_pruned(weight.module, weight.param) else weight.param
+
+
+def _mask(weight: Weight) -> Tensor | None:
+    return weight.module._buffers.get(f"{weight.param}_mask")
+
+
+def _shared_of(module: nn.Module, leaf: str) -> SharedWeights | None:
+    if not parametrize.is_parametrized(module, leaf):
+        return None
+    stack = module.parametrizations[leaf]  # type: ignore[index]
+    last = stack[-1]  # type: ignore[index, operator]
+    return last if isinstance(last, SharedWeights) else None
