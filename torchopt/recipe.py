@@ -30,11 +30,11 @@ class Shrink:
     """Structured pruning: channels really removed. Exactly one of ratio, max_macs and max_latency_ms is given.
 
     Attributes:
-        ratio: share of the multiply-adds to remove, in (0, 1).
+        ratio: fraction of the channels to remove, in (0, 1).
         max_macs: multiply-adds to stay below.
         max_latency_ms: latency in ONNX Runtime to stay below, milliseconds.
         importance: how channels are ranked ("magnitude", "bn_scale", "taylor", "fpgm", "lamp").
-        round_to: channels stay a multiple of this.
+        round_to: channels stay a multiple of this; 8, or 16 for a latency.
         ignore: globs of modules whose channels all stay.
     """
 
@@ -42,7 +42,7 @@ class Shrink:
     max_macs: int | None = None
     max_latency_ms: float | None = None
     importance: str = "magnitude"
-    round_to: int = 8
+    round_to: int | None = None
     ignore: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ class Shrink:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"Shrink.{name}: got {value}; a number above 0 is needed")
-        if self.round_to < 1:
+        if self.round_to is not None and self.round_to < 1:
             raise ConfigError(f"Shrink.round_to: got {self.round_to}; at least 1 is needed")
 
 
@@ -164,9 +164,10 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A recipe, and the plain data that it was made from (with overrides), as a run folder keeps it."""
+    """A recipe, its file's name, and the plain data and text that it was made from (with overrides), as a run folder keeps it."""
 
     recipe: Recipe
+    name: str
     plain: dict[str, Any]
     text: str
 
@@ -212,7 +213,7 @@ def parse(text: str, overrides: Iterable[str] = (), *, name: str = "recipe") -> 
         raise ConfigError(f"{name}:{_line(lines, error.path)}: {error}") from error
     if overrides:
         text = yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=120)
-    return Loaded(recipe=recipe, plain=plain, text=text)
+    return Loaded(recipe=recipe, name=FilePath(name).name, plain=plain, text=text)
 
 
 def first_difference(a: object, b: object, path: Path = ()) -> str | None:

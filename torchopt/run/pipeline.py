@@ -22,11 +22,11 @@ from torch import nn
 from torchopt import recipe as recipes
 from torchopt.data import Dataset
 from torchopt.errors import FileError, ModelError
-from torchopt.export import export
+from torchopt.export import decode_initializers, export
 from torchopt.files import write_text
 from torchopt.recipe import Loaded, Recipe
+from torchopt.report import histogram, write_html
 from torchopt.report import report as weight_report
-from torchopt.report import write_html
 from torchopt.rules import assign
 from torchopt.run.folder import BASELINE, MODEL, PAGE, RECIPE, REPORT, Folder, Position, open_folder
 from torchopt.run.stages import run_stages, started_model
@@ -61,8 +61,8 @@ def run(
     started = time.monotonic()
     position = folder.position() or Position(stage=0, start=model.state_dict())
     final = run_stages(recipe, data, position, folder.save, progress=progress)
-    result = _result(recipe, data, folder, final, position, progress=progress)
-    result["seconds"] = round(time.monotonic() - started, 1)
+    measured = _result(recipe, data, folder, final, position, progress=progress)
+    result = {"recipe": loaded.name, "seconds": round(time.monotonic() - started, 1), **measured}
     write_html(result, folder[PAGE])
     write_text(folder[REPORT], json.dumps(result, indent=1) + "\n")
     return result
@@ -181,12 +181,17 @@ def _result(
     config = recipe.benchmark
     timing = benchmark([folder[BASELINE], folder[MODEL]], threads=config.threads, repeats=config.repeats, progress=progress)
     first, last = timing.rows
-    weights = weight_report(folder[MODEL]).to_dict()
+    weights, values = weight_report(folder[MODEL]).to_dict(), decode_initializers(folder[MODEL])
     return {
         "score": {
-            "metric": "accuracy",
+            "name": "accuracy",
             "baseline": accuracy_in_onnx_runtime(folder[BASELINE], data),
             "final": accuracy_in_onnx_runtime(folder[MODEL], data),
+            "stages": [
+                {"name": stage["name"], "epoch": epoch["epoch"] + 1, "score": epoch["accuracy"]}
+                for stage in position.stages
+                for epoch in stage["epochs"]
+            ],
         },
         "size_bytes": {
             "baseline": folder[BASELINE].stat().st_size,
@@ -194,13 +199,22 @@ def _result(
             "baseline_gzip": _gzipped(folder[BASELINE]),
             "final_gzip": _gzipped(folder[MODEL]),
         },
-        "latency_ms": {"baseline": first.latency_ms, "final": last.latency_ms, "ratio": last.ratio},
-        "layers": weights["rows"],
+        "latency_ms": {
+            "baseline": first.latency_ms,
+            "final": last.latency_ms,
+            "ratio": last.ratio,
+            "threads": timing.threads,
+            "baseline_quartiles": [first.low_ms, first.high_ms],
+            "final_quartiles": [last.low_ms, last.high_ms],
+            "load_baseline": first.load_ms,
+            "load_final": last.load_ms,
+        },
+        "layers": [row | {"histogram": histogram(values[row["name"]])} for row in weights["rows"]],
         "totals": weights["totals"],
         "placement": inspect(folder[MODEL]).to_dict(),
         "verify": verdict.to_dict(),
-        "timing": timing.to_dict(),
         "stages": position.stages,
+        "skipped": [skip for stage in position.stages for skip in stage["skipped"]],
     }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,11 +20,13 @@ from torchopt.data import Dataset
 from torchopt.one_shot import one_shot
 from torchopt.prune.plan import apply_plan, plan_of
 from torchopt.recipe import Recipe, Shrink
+from torchopt.report import report as weight_report
 from torchopt.run.folder import Position, Tensors
 from torchopt.train import Train, accuracy, train
 
 CALIBRATION_BATCHES = 32  # what a stage without training uses where `calibrate` is left at 0
 Save = Callable[[Position], None]
+Rows = list[dict[str, Any]]
 
 
 def run_stages(recipe: Recipe, data: Dataset, position: Position, save: Save, *, progress: bool = True) -> nn.Module:
@@ -49,9 +52,10 @@ def run_stages(recipe: Recipe, data: Dataset, position: Position, save: Save, *,
             model = _shrunken(model, data, stage.shrink)
             position.start, position.plan, position.shrunk = _copied(model), plan_of(model), True
             save(position)
-        model, epochs = _compressed(model, recipe, data, position, save, progress=progress)
-        result = {"name": stage.title, "score": accuracy(model, data.test_batches()), "epochs": epochs}
-        position.stages.append(result | {"seconds": round(time.monotonic() - started, 1)})
+        model, epochs, skipped = _compressed(model, recipe, data, position, save, progress=progress)
+        seconds = round(time.monotonic() - started, 1)
+        score = accuracy(model, data.test_batches())
+        position.stages.append({"name": stage.title, "score": score, "epochs": epochs, "skipped": skipped, "seconds": seconds})
         if position.stage + 1 == len(recipe.stages):
             return model
         position.stage += 1
@@ -74,20 +78,21 @@ def _copied(model: nn.Module) -> Tensors:
 
 def _compressed(
     model: nn.Module, recipe: Recipe, data: Dataset, position: Position, save: Save, *, progress: bool
-) -> tuple[nn.Module, list[dict[str, float]]]:
+) -> tuple[nn.Module, Rows, Rows]:
+    """Do the stage's compression and training; return the plain model, the epochs, and the weights left alone."""
     stage = recipe.stages[position.stage]
     if stage.compress is None:
-        return model, _trained(model, stage.train, recipe, data, position, save, None, progress=progress)
+        return model, _trained(model, stage.train, recipe, data, position, save, None, progress=progress), []
     example = (data.example,)
     if stage.train is None:
         batches = data.calibration_batches(stage.calibrate or CALIBRATION_BATCHES, seed=recipe.seed)
         target = recipe.export.target
-        return one_shot(model, stage.compress, batches, example_inputs=example, target=target, progress=progress), []
+        return one_shot(model, stage.compress, batches, example_inputs=example, target=target, progress=progress), [], []
     ready = prepare(model, stage.compress, example, target=recipe.export.target)
     if stage.calibrate and position.training is None:
         calibrate(ready, data.calibration_batches(stage.calibrate, seed=recipe.seed), progress=progress)
     epochs = _trained(ready, stage.train, recipe, data, position, save, step, progress=progress)
-    return finalize(ready), epochs
+    return finalize(ready), epochs, weight_report(ready).to_dict()["skipped"]
 
 
 def _trained(
@@ -100,7 +105,7 @@ def _trained(
     after_step: Callable[[nn.Module], object] | None,
     *,
     progress: bool,
-) -> list[dict[str, float]]:
+) -> Rows:
     if config is None:
         return []
     teacher = started_model(recipe, position.baseline) if config.distill and position.baseline is not None else None
@@ -125,7 +130,7 @@ def _trained(
 
 
 def _shrunken(model: nn.Module, data: Dataset, config: Shrink) -> nn.Module:
-    from torchopt.prune.shrink import shrink  # torch-pruning is slow to import, and few runs need it
+    from torchopt.shrink import shrink  # torch-pruning is slow to import, and few runs need it
 
     torch.manual_seed(0)
     return shrink(
