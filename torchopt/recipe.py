@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -33,17 +33,21 @@ class Shrink:
         ratio: fraction of the channels to remove, in (0, 1).
         max_macs: multiply-adds to stay below.
         max_latency_ms: latency in ONNX Runtime to stay below, milliseconds.
-        importance: how channels are ranked ("magnitude", "bn_scale", "taylor", "fpgm", "lamp").
+        importance: how channels are ranked ("magnitude", "lamp", "fpgm", "bn_scale", "random").
         round_to: channels stay a multiple of this; 8, or 16 for a latency.
         ignore: globs of modules whose channels all stay.
+        global_ranking: rank the channels of all layers together.
+        isomorphic: rank layers with dependencies of the same shape together.
     """
 
     ratio: float | None = None
     max_macs: int | None = None
     max_latency_ms: float | None = None
-    importance: str = "magnitude"
+    importance: Literal["magnitude", "lamp", "fpgm", "bn_scale", "random"] = "magnitude"
     round_to: int | None = None
     ignore: Sequence[str] = ()
+    global_ranking: bool = False
+    isomorphic: bool = False
 
     def __post_init__(self) -> None:
         goals = [name for name in ("ratio", "max_macs", "max_latency_ms") if getattr(self, name) is not None]

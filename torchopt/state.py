@@ -7,7 +7,7 @@ at the right step of every schedule, and a checkpoint that was made under other 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,9 @@ class State(nn.Module):
         names: the weights that they act on.
         target: the deployment target that quantization aims at.
         example_inputs: shapes and dtypes of the inputs that the model was traced with, or None.
+        found: the zeros and shared values that an earlier round left, by weight.
         skipped: the weights left alone, and why.
+        plan: the sizes of the network before quantization swapped its modules (`torchopt.prune.plan`).
     """
 
     step: torch.Tensor
@@ -40,16 +42,24 @@ class State(nn.Module):
         names: Sequence[str],
         target: str,
         example_inputs: list[tuple[list[int], str]] | None = None,
+        found: Mapping[str, tuple[int, int]] | None = None,
         skipped: Sequence[Skipped] = (),
+        plan: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.rules = tuple(rules)
         self.target = target
         self.example_inputs = example_inputs
+        self.found = dict(found or {})
         self.skipped = list(skipped)
+        self.plan = plan
         self.ranks_agree = False
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("fingerprint", _digest(repr((self.rules, sorted(names), target))))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `x`: a prepared `nn.Sequential` runs through all its submodules, and this is one of them."""
+        return x
 
     def advance(self) -> int:
         """Count one optimizer step and return its number, 1 for the first."""

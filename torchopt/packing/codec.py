@@ -131,8 +131,7 @@ def _candidates(value: np.ndarray) -> Iterator[Encoding]:
     found = _table(bits)
     if found is not None:
         yield _build(value, "all", "table", found[0], found[1])
-    else:
-        yield from _per_channel(value, bits)
+    yield from _per_channel(value, bits)
     if not sparse:
         return
     inner = _table(nonzeros)

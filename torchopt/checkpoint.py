@@ -1,0 +1,185 @@
+"""Saving and loading without pickle: tensors in safetensors, everything else as JSON in the file's header.
+
+The header says what must be rebuilt around the tensors: the channels that `shrink` removed (the architecture plan), the rules and
+the input shapes of a model in training, the traced graph of a quantized one, and the integer grids. Loading needs a freshly built
+network of the original architecture; it is not touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import fx, nn
+
+from torchopt.compress import attach
+from torchopt.errors import ConfigError, FileError, StateError, TorchoptError
+from torchopt.files import atomic_path
+from torchopt.grid import SUFFIX, grids, set_grid
+from torchopt.prune.plan import apply_plan, plan_of
+from torchopt.quantize import FixedQuantize
+from torchopt.rules import Rule
+from torchopt.state import State, find_state
+from torchopt.strict import build
+from torchopt.traced import describe, rebuild
+
+FORMAT = 1
+Header = dict[str, Any]
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a model to one safetensors file, atomically: prepared (masks, tables, observers, step), finalized, shrunken or plain.
+
+    Args:
+        model: the model, bare or wrapped; its state is written, not its class.
+        path: the file, ".safetensors" by custom.
+
+    Raises:
+        FileError: the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "net.safetensors"
+        >>> net = nn.Linear(3, 2)
+        >>> save(net, file)
+        >>> torch.equal(load(file, nn.Linear(3, 2)).weight, net.weight)
+        True
+    """
+    found = find_state(model)
+    inner = found[0] if found else model
+    header = _header(inner, found[1] if found else None)
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in inner.state_dict().items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"torchopt": json.dumps(header)})
+
+
+def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """Return the model that `save` wrote, rebuilt over a copy of a freshly built network.
+
+    Args:
+        path: the file.
+        model: a network of the original architecture, as it was before shrinking or preparing; its weights do not matter.
+
+    Raises:
+        FileError: the file is missing, truncated, or not torchopt's.
+        StateError: the file belongs to another architecture.
+        ConfigError: no model was given.
+    """
+    header, tensors = _read(Path(path))
+    if model is None:
+        raise ConfigError(f"{path}: holds tensors, not code; give a freshly built network: load(path, build_the_network())")
+    fresh = copy.deepcopy(model)
+    try:
+        apply_plan(fresh, header["plan"])
+        rebuilt = _rebuild(fresh, header, tensors, str(path))
+        rebuilt.load_state_dict(tensors, strict=True)
+    except TorchoptError:
+        raise
+    except (RuntimeError, KeyError, AttributeError, ValueError) as error:
+        other = f"{path}: was saved from another architecture than {type(model).__name__}"
+        raise StateError(f"{other}: {_first_line(error)}; give the network that was saved") from error
+    _restore_grids(rebuilt, header["grids"])
+    return rebuilt
+
+
+def _header(model: nn.Module, state: State | None) -> Header:
+    header: Header = {
+        "format": FORMAT,
+        "plan": state.plan if state is not None else plan_of(model),
+        "grids": {n: [g.bits, g.axis] for n, g in grids(model).items()},
+    }
+    if state is not None:
+        header["prepared"] = {
+            "rules": [_plain(rule) for rule in state.rules],
+            "target": state.target,
+            "inputs": state.example_inputs,
+            "found": state.found,
+        }
+    elif isinstance(model, fx.GraphModule):
+        fixed = {name: m.describe() for name, m in model.named_modules() if isinstance(m, FixedQuantize)}
+        header["traced"] = {"graph": describe(model.graph), "quantizers": fixed}
+    return header
+
+
+def _rebuild(fresh: nn.Module, header: Header, tensors: Mapping[str, torch.Tensor], where: str) -> nn.Module:
+    """Give the network the modules and tensors that the file's tensors need."""
+    if "prepared" in header:
+        saved = header["prepared"]
+        inputs = None if saved["inputs"] is None else tuple(_example(shape, dtype) for shape, dtype in saved["inputs"])
+        rules = [build(Rule, rule, ("rules", i)) for i, rule in enumerate(saved["rules"])]
+        found = {name: tuple(counts) for name, counts in saved["found"].items()}
+        return attach(fresh, rules, inputs, found, saved["target"])
+    _add_biases(fresh, tensors)
+    for name in header["grids"]:
+        owner, _, param = name.rpartition(".")
+        fresh.get_submodule(owner).register_buffer(param + SUFFIX, torch.empty_like(tensors[name + SUFFIX]))
+    if "traced" not in header:
+        return fresh
+    for name, fields in header["traced"]["quantizers"].items():
+        fresh.add_module(name, FixedQuantize.from_description(fields))
+    return rebuild(header["traced"]["graph"], fresh, where)
+
+
+def _add_biases(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Folding batch norm gives a bias to layers that had none."""
+    for name, module in model.named_modules():
+        key = f"{name}.bias" if name else "bias"
+        if key in tensors and module._parameters.get("bias", 0) is None:
+            module.bias = nn.Parameter(torch.empty_like(tensors[key]))
+
+
+def _restore_grids(model: nn.Module, saved: Mapping[str, Any]) -> None:
+    for name, (bits, axis) in saved.items():
+        owner, _, param = name.rpartition(".")
+        module = model.get_submodule(owner)
+        set_grid(module, param, module.get_buffer(param + SUFFIX), bits, axis)
+
+
+def _read(path: Path) -> tuple[Header, dict[str, torch.Tensor]]:
+    if not path.is_file():
+        raise FileError(f"{path}: there is no such file; give a file that torchopt.save wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("torchopt")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError) as error:
+        raise FileError(
+            f"{path}: is no whole safetensors file ({_first_line(error)}); it is damaged, or of another kind"
+        ) from error
+    if text is None:
+        raise FileError(f"{path}: was not written by torchopt.save; load it with safetensors.torch.load_file")
+    header: Header = json.loads(text)
+    if header.get("format") != FORMAT:
+        theirs = header.get("format")
+        raise FileError(f"{path}: has format {theirs!r}, this torchopt reads format {FORMAT}; use the torchopt that wrote it")
+    return header, tensors
+
+
+def _example(shape: list[int], dtype: str) -> torch.Tensor:
+    return torch.zeros(shape, dtype=getattr(torch, dtype))
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as the mappings that a recipe would hold, fields at their defaults left out."""
+    if isinstance(value, type):
+        return value.__name__
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    if not dataclasses.is_dataclass(value):
+        return value
+    set_fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if getattr(value, f.name) != f.default}
+    kind = {"kind": value.kind} if isinstance(getattr(type(value), "kind", None), str) else {}
+    return kind | {name: _plain(v) for name, v in set_fields.items()}
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300] if lines else type(error).__name__

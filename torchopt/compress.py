@@ -1,0 +1,212 @@
+"""Prepare, step, calibrate, finalize: the only place where masks, tables and scales meet.
+
+    ŵ = s · T[c]        c = nearest code of (m ⊙ w) / s        T[0] = 0,  m = 0 ⇒ c = 0
+
+The three techniques are blind to one another. Here they are attached in a fixed order (quantization swaps modules first, then
+masks stand on the weights, then tables stand under the masks), advanced after each optimizer step, and taken off in the reverse
+order. What an earlier round left in the weights (zeros, K distinct values) is found again from the values themselves, so that
+rounds of prepare → train → finalize combine in any order that can keep its promise; one that cannot is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchopt import cluster as clustering
+from torchopt import prune as pruning
+from torchopt import quantize as quantization
+from torchopt.batches import Batch
+from torchopt.cluster import Cluster
+from torchopt.earlier import Left, left_behind
+from torchopt.errors import ModelError, RuleError, StateError
+from torchopt.grid import grids
+from torchopt.prune import ConstantSparsity, Prune
+from torchopt.prune.plan import plan_of
+from torchopt.rules import Assigned, Rule, assign
+from torchopt.state import ATTRIBUTE, State, find_state, require_state
+from torchopt.weights import Skipped, Weight, find_weight, is_pruned, weights
+
+
+def prepare(
+    model: nn.Module,
+    rules: Sequence[Rule],
+    example_inputs: tuple[Any, ...] | None = None,
+    *,
+    preserve: bool = True,
+    target: str = "ort-x86",
+) -> nn.Module:
+    """Return a copy of `model` with masks, shared values and fake quantizers attached, ready to train or to calibrate.
+
+    Args:
+        model: any network; it is not touched.
+        rules: which weights get what; the first rule that matches a weight decides.
+        example_inputs: the positional arguments of one forward call; needed where a rule quantizes activations.
+        preserve: keep the zeros and the shared values that are found in the weights, whatever the rules do with them.
+        target: the runtime that quantization aims at ("ort-x86", "ort-x86-avx2", "ort-arm", "ort-web").
+
+    Raises:
+        RuleError: a rule matches nothing, or acts on nothing.
+        ModelError: a weight holds NaN or infinity, or the model cannot be traced for quantization.
+        StateError: the model is already prepared, or quantized.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> ready = prepare(net, [Rule("*", prune=Prune(schedule=ConstantSparsity(target_sparsity=0.5, frequency=1)))])
+        >>> _ = step(ready)
+        >>> float((finalize(ready)[0].weight == 0).float().mean())
+        0.5
+    """
+    _refuse(model)
+    found = left_behind(weights(model)) if preserve else {}
+    return attach(model, rules, example_inputs, found, target)
+
+
+def attach(
+    model: nn.Module, rules: Sequence[Rule], example_inputs: tuple[Any, ...] | None, found: Mapping[str, Left], target: str
+) -> nn.Module:
+    """Return a copy of `model` prepared by `rules`, with what earlier rounds left given; loading a checkpoint repeats this."""
+    ready, plan = copy.deepcopy(model), plan_of(model)
+    assigned = assign(ready, rules)
+    ready = _attach_scales(ready, assigned, example_inputs, target)
+    skipped = _attach(ready, assigned, found)
+    state = State(rules, [a.weight.name for a in assigned], target, _signature(example_inputs), found, skipped, plan)
+    ready.add_module(ATTRIBUTE, state)
+    return ready
+
+
+def step(model: nn.Module) -> int:
+    """Advance every schedule of a prepared model by one; call it after each `optimizer.step()`.
+
+    Args:
+        model: what `prepare` returned, bare or wrapped (DistributedDataParallel, torch.compile).
+
+    Returns:
+        The number of optimizer steps taken so far, 1 after the first.
+
+    Raises:
+        StateError: the model was not prepared, or distributed ranks disagree on the rules.
+    """
+    prepared, state = require_state(model, "step")
+    state.check_ranks()
+    number = state.advance()
+    pruning.update(prepared, number)
+    clustering.update(prepared, number)
+    quantization.update(prepared, number)
+    return number
+
+
+def calibrate(model: nn.Module, batches: Iterable[Batch], *, progress: bool = True) -> nn.Module:
+    """Run data through the observers of a prepared model, in place: post-training quantization, or a start for training.
+
+    Args:
+        model: what `prepare` returned.
+        batches: tensors, tuples, dicts or (input, label) pairs.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        The same model.
+
+    Raises:
+        StateError: the model was not prepared, or nothing in it observes data.
+        DataError: no batch, or NaN in one.
+    """
+    prepared, _ = require_state(model, "calibrate")
+    quantization.calibrate(prepared, batches, progress=progress)
+    return model
+
+
+def finalize(model: nn.Module) -> nn.Module:
+    """Bake masks, tables and scales into ordinary weights and return a plain model; the trainable one stays usable.
+
+    Raises:
+        StateError: the model was not prepared, or an activation quantizer has not seen data.
+    """
+    prepared, state = require_state(model, "finalize")
+    _check_steps(prepared, state)
+    plain = copy.deepcopy(prepared)
+    clustering.bake(plain)
+    pruning.bake(plain)
+    plain = quantization.bake(plain)
+    if ATTRIBUTE in plain._modules:
+        del plain._modules[ATTRIBUTE]
+    return plain
+
+
+def _check_steps(prepared: nn.Module, state: State) -> None:
+    """Refuse to bake masks that were never computed, because the training loop forgot `step`."""
+    asked = any(rule.prune is not None and rule.prune.timing.final > 0 for rule in state.rules)
+    masks = [getattr(w.module, f"{w.param}_mask") for w in weights(prepared) if is_pruned(w.module, w.param)]
+    if asked and int(state.step) == 0 and masks and all(bool(mask.all()) for mask in masks):
+        raise StateError(
+            "finalize: step was never called, so no mask was ever computed; call torchopt.step(model) after each "
+            "optimizer.step(), or compress without training by torchopt.one_shot(model, rules)"
+        )
+
+
+def _refuse(model: nn.Module) -> None:
+    """Refuse what cannot be prepared: not finite, prepared already, quantized already."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"prepare: {name} holds NaN or infinity; a trained, finite model is needed")
+    if find_state(model) is not None:
+        raise StateError("prepare: the model is prepared already; call torchopt.finalize(model) first, then prepare its result")
+    quantized = next(iter(grids(model)), None)
+    if quantized is not None:
+        raise StateError(
+            f"prepare: {quantized} lies on an integer grid, the model is quantized already, and training would leave the grid; "
+            "prune and cluster before quantization, or in the same rules"
+        )
+
+
+def _attach_scales(
+    model: nn.Module, assigned: Sequence[Assigned], example_inputs: tuple[Any, ...] | None, target: str
+) -> nn.Module:
+    assignment = {a.weight.module_name: a.rule.quantize for a in assigned if a.rule.quantize is not None}
+    if not assignment:
+        return model
+    return quantization.attach(model, assignment, example_inputs, target=target)
+
+
+def _attach(model: nn.Module, assigned: Sequence[Assigned], found: Mapping[str, Left]) -> list[Skipped]:
+    """Put masks, then tables, on the weights that the rules ask for and on those where an earlier round left some."""
+    by_name = {a.weight.name: a.rule for a in assigned}
+    masks: list[tuple[Weight, Prune]] = []
+    tables: list[tuple[Weight, Cluster]] = []
+    for name in dict.fromkeys([*by_name, *found]):
+        weight, rule = find_weight(model, name), by_name.get(name, Rule())
+        if weight is None:
+            raise RuleError(f"prepare: {name} has no counterpart in the quantized model; leave it out of quantization")
+        zeros, distinct = found.get(name, (0, 0))
+        if rule.prune or zeros:
+            masks.append((weight, rule.prune or Prune(schedule=ConstantSparsity(target_sparsity=0.0), include_depthwise=True)))
+        if rule.cluster or distinct:
+            tables.append((weight, rule.cluster or Cluster(n_clusters=max(2, distinct), include_depthwise=True)))
+    skipped = _frozen(masks, "prune") + _frozen(tables, "cluster")
+    masks, tables = _trainable(masks), _trainable(tables)
+    skipped += pruning.attach(masks, preserve=bool(found)) if masks else []
+    skipped += clustering.attach(tables, preserve=bool(found)) if tables else []
+    return skipped
+
+
+def _trainable(pairs: list[tuple[Weight, Any]]) -> list[tuple[Weight, Any]]:
+    return [(weight, config) for weight, config in pairs if weight.trainable.requires_grad]
+
+
+def _frozen(pairs: list[tuple[Weight, Any]], technique: str) -> list[Skipped]:
+    """Frozen weights stay as they are, and are reported; when a technique would act on frozen weights only, that is an error."""
+    frozen = [weight.name for weight, _ in pairs if not weight.trainable.requires_grad]
+    if frozen and len(frozen) == len(pairs):
+        raise RuleError(f"prepare: {frozen[0]} is frozen (requires_grad=False), {technique} has nothing to act on; unfreeze it")
+    return [Skipped(name=name, technique=technique, reason="frozen (requires_grad=False)") for name in frozen]
+
+
+def _signature(example_inputs: tuple[Any, ...] | None) -> list[tuple[list[int], str]] | None:
+    """Shapes and dtypes of the example inputs, enough to trace the model again when a checkpoint is loaded."""
+    if example_inputs is None:
+        return None
+    return [(list(x.shape), str(x.dtype).removeprefix("torch.")) for x in example_inputs if isinstance(x, torch.Tensor)]

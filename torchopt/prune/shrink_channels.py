@@ -1,0 +1,251 @@
+"""Channels really removed: torch-pruning's dependency graph behind one function.
+
+Removing an output channel of a layer removes it from every tensor coupled to it: its batch norm, the next layer's inputs, and,
+through an addition, other layers' outputs (Fang et al., "DepGraph: Towards Any Structural Pruning", 2023, arXiv:2301.12900).
+Attention blocks keep their embedding width, since their heads index into it; their feed-forward layers shrink. A network that the
+engine cannot follow as a whole (ShuffleNet's channel shuffle) is shrunk piece by piece: each child module that it can follow keeps
+the widths of its own inputs and outputs. Where no piece can be followed either, the error names the module.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchopt.errors import ConfigError, DataError, ModelError, RuleError, nearest
+
+IMPORTANCES = ("magnitude", "taylor", "lamp", "fpgm", "bn_scale", "random")
+Prunable = (nn.modules.conv._ConvNd, nn.Linear)
+
+
+def remove_channels(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...],
+    ratio: float,
+    *,
+    importance: str = "magnitude",
+    round_to: int = 8,
+    ignore: Sequence[str] = (),
+    global_ranking: bool = False,
+    isomorphic: bool = False,
+    ratios: Mapping[str, float] | None = None,
+) -> nn.Module:
+    """Return a copy of `model` with about `ratio` of each layer's output channels removed.
+
+    Args:
+        model: any network of convolutions, linear layers and norms; for "taylor" with gradients in its parameters' `.grad`.
+        example_inputs: the positional arguments of one forward call.
+        ratio: fraction of channels to remove, in [0, 1).
+        importance: how channels are ranked ("magnitude", "taylor", "lamp", "fpgm", "bn_scale", "random").
+        round_to: what remains is a multiple of this.
+        ignore: globs of modules whose output channels all stay; the last layer's always do.
+        global_ranking: rank the channels of all layers together.
+        isomorphic: rank layers of the same shape of dependency together (arXiv:2407.04616).
+        ratios: other ratios for some modules, by name.
+
+    Raises:
+        RuleError: a glob in `ignore` matches nothing.
+        ModelError: the dependency graph cannot be built for the network nor for a part of it.
+        DataError: the network does not take the example inputs.
+    """
+    _check_ignore(model, ignore)
+    small = _copy_with_gradients(model)
+    training = small.training
+    small.eval()
+    try:
+        with torch.no_grad():
+            small(*example_inputs)
+    except RuntimeError as error:
+        raise DataError(f"shrink: the network does not take the example inputs: {str(error).splitlines()[0]}") from error
+    options = {
+        "importance": importance,
+        "round_to": round_to,
+        "global_pruning": global_ranking,
+        "isomorphic": isomorphic,
+    }
+    try:
+        shrunk = _prune(small, example_inputs, ratio, ignore, "", ratios or {}, options)
+    except (
+        ZeroDivisionError,
+        RuntimeError,
+        ValueError,
+        IndexError,
+        KeyError,
+        AttributeError,
+        AssertionError,
+        TypeError,
+    ) as error:
+        shrunk = _by_pieces(_copy_with_gradients(model).eval(), example_inputs, ratio, ignore, options, error)
+    for parameter in shrunk.parameters():
+        parameter.grad = None
+    return shrunk.train(training)
+
+
+def count_macs(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[int, int]:
+    """Return (multiply-adds of one forward call, parameters).
+
+    Example:
+        >>> count_macs(nn.Linear(8, 4, bias=False), (torch.zeros(1, 8),))
+        (32, 32)
+    """
+    import torch_pruning
+
+    twin = copy.deepcopy(model).eval()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        macs, parameters = torch_pruning.utils.count_ops_and_params(twin, _forward_inputs(example_inputs))
+    return int(macs), int(parameters)
+
+
+def _prune(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    ratio: float,
+    ignore: Sequence[str],
+    prefix: str,
+    ratios: Mapping[str, float],
+    options: Mapping[str, Any],
+) -> nn.Module:
+    """Run torch-pruning once over `model`, in place, and check that the result still runs."""
+    import torch_pruning
+
+    names = {module: f"{prefix}{name}" for name, module in model.named_modules()}
+    kept = [m for m, name in names.items() if any(fnmatchcase(name, pattern) for pattern in ignore)]
+    kept += [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
+    kept += _last_layers(model, inputs)
+    own = {m: ratios[name] for m, name in names.items() if name in ratios}
+    with warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")
+        pruner = torch_pruning.pruner.BasePruner(
+            model,
+            _forward_inputs(inputs),
+            importance=_ranking(options["importance"]),
+            pruning_ratio=ratio,
+            round_to=options["round_to"],
+            global_pruning=options["global_pruning"],
+            isomorphic=options["isomorphic"],
+            ignored_layers=kept,
+            pruning_ratio_dict=own,
+            in_channel_groups={},  # torch-pruning writes into its default arguments: always give fresh ones
+            out_channel_groups={},
+            channel_groups={},
+            num_heads={},
+            customized_pruners={},
+        )
+        pruner.step()
+    with torch.no_grad():
+        model(*inputs)
+    return model
+
+
+def _by_pieces(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    ratio: float,
+    ignore: Sequence[str],
+    options: Mapping[str, Any],
+    cause: Exception,
+) -> nn.Module:
+    """Shrink every child that the engine can follow on its own, from the outside in."""
+    seen = _recorded_inputs(model, inputs)
+    done, failed = 0, ""
+    queue = [(name, child) for name, child in model.named_children()]
+    while queue:
+        name, module = queue.pop(0)
+        if name not in seen or sum(isinstance(m, Prunable) for m in module.modules()) < 2:
+            continue
+        try:
+            twin = _prune(_copy_with_gradients(module).eval(), seen[name], ratio, ignore, name + ".", {}, options)
+        except (ZeroDivisionError, RuntimeError, ValueError, IndexError, KeyError, AttributeError, AssertionError, TypeError):
+            failed = name
+            queue += [(f"{name}.{inner}", child) for inner, child in module.named_children()]
+            continue
+        if _width(twin, seen[name]) == _width(module, seen[name]):
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, twin)
+            done += 1
+    if not done:
+        where = failed or type(model).__name__
+        raise ModelError(
+            f"shrink: torch-pruning cannot follow the channels through {where} ({type(cause).__name__}: {cause}); "
+            f"leave it out with ignore=[...], or write it without reshaping channels"
+        ) from cause
+    with torch.no_grad():
+        model(*inputs)
+    return model
+
+
+def _recorded_inputs(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, tuple[Any, ...]]:
+    """What each submodule is called with in one forward pass."""
+    seen: dict[str, tuple[Any, ...]] = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, args) and None)
+        for name, module in model.named_modules()
+    ]
+    with torch.no_grad():
+        model(*inputs)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def _width(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[int, ...]:
+    with torch.no_grad():
+        return tuple(module(*inputs).shape)
+
+
+def _last_layers(model: nn.Module, inputs: tuple[Any, ...]) -> list[nn.Module]:
+    """The prunable layer that runs last: its channels are the network's outputs."""
+    order: list[nn.Module] = []
+    hooks = [
+        module.register_forward_hook(lambda layer, *_: order.append(layer))
+        for module in model.modules()
+        if isinstance(module, Prunable)
+    ]
+    with torch.no_grad():
+        model(*inputs)
+    for hook in hooks:
+        hook.remove()
+    return order[-1:]
+
+
+def _ranking(importance: str) -> Any:
+    import torch_pruning
+
+    kinds = torch_pruning.importance
+    makers = {
+        "magnitude": lambda: kinds.GroupMagnitudeImportance(p=2),
+        "taylor": kinds.GroupTaylorImportance,
+        "lamp": kinds.LAMPImportance,
+        "fpgm": kinds.FPGMImportance,
+        "bn_scale": kinds.BNScaleImportance,
+        "random": kinds.RandomImportance,
+    }
+    if importance not in makers:
+        choices = ", ".join(IMPORTANCES)
+        raise ConfigError(f"shrink: importance={importance!r}; one of {choices} is needed{nearest(str(importance), IMPORTANCES)}")
+    return makers[importance]()
+
+
+def _check_ignore(model: nn.Module, ignore: Sequence[str]) -> None:
+    names = [name for name, _ in model.named_modules() if name]
+    for pattern in ignore:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise RuleError(f"shrink: ignore={pattern!r} matches no module{nearest(pattern, names)}")
+
+
+def _copy_with_gradients(model: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(model)
+    for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
+        ours.grad = None if theirs.grad is None else theirs.grad.detach().clone()
+    return twin.requires_grad_(True)
+
+
+def _forward_inputs(inputs: tuple[Any, ...]) -> Any:
+    return inputs[0] if len(inputs) == 1 else inputs

@@ -1,0 +1,159 @@
+"""Structured pruning to a goal: a ratio of channels, a number of multiply-adds, or a latency measured in ONNX Runtime here.
+
+The engine (`prune/shrink_channels.py`) removes a given ratio; a goal is met by bisection over the ratio. Latency is not proportional
+to multiply-adds: ORT's float convolutions work in blocks of 16 channels, so a latency goal rounds widths to 16, measures each
+candidate against the dense network burst by burst, and keeps the one nearest below the goal.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from torchopt.errors import ConfigError, TargetError
+from torchopt.export import export
+from torchopt.prune.shrink_channels import count_macs, remove_channels
+from torchopt.runtime import benchmark
+
+STEPS = 9  # bisections: the ratio is known to 1/512
+WITHIN = 0.05  # a latency within 5 % below the goal is good enough
+HIGHEST = 0.95
+Candidate = tuple[float, nn.Module]
+
+
+def shrink(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...],
+    *,
+    ratio: float | None = None,
+    max_macs: int | None = None,
+    max_latency_ms: float | None = None,
+    importance: str = "magnitude",
+    round_to: int | None = None,
+    ignore: Sequence[str] = (),
+    global_ranking: bool = False,
+    isomorphic: bool = False,
+    threads: int = 1,
+) -> nn.Module:
+    """Return a copy of `model` with fewer channels, to exactly one of three goals.
+
+    Args:
+        model: the network; it is not touched. For importance "taylor", run backward on it first: its `.grad` are read.
+        example_inputs: the positional arguments of one forward call; their shapes are what latency and multiply-adds are for.
+        ratio: fraction of each layer's output channels to remove, in (0, 1).
+        max_macs: multiply-adds of one forward call to stay below.
+        max_latency_ms: milliseconds of one call in ONNX Runtime, float, on this machine, to stay below.
+        importance: "magnitude", "taylor", "lamp", "fpgm", "bn_scale" or "random".
+        round_to: widths stay multiples of this; 8, or 16 for a latency goal.
+        ignore: globs of modules whose output channels all stay.
+        global_ranking: rank the channels of all layers together.
+        isomorphic: rank layers with dependencies of the same shape together.
+        threads: for the latency measurements.
+
+    Raises:
+        ConfigError: no goal, several goals, or one out of its range.
+        TargetError: the goal cannot be reached; the best found is named.
+        RuleError: a glob in `ignore` matches nothing.
+        ModelError: the channels cannot be followed through a module.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 8, 3))
+        >>> shrink(net, (torch.zeros(1, 3, 8, 8),), ratio=0.5)[0].out_channels
+        16
+    """
+    _check(ratio, max_macs, max_latency_ms)
+    multiple = round_to if round_to is not None else 16 if max_latency_ms is not None else 8
+
+    def cut(share: float) -> nn.Module:
+        return remove_channels(
+            model,
+            example_inputs,
+            share,
+            importance=importance,
+            round_to=multiple,
+            ignore=ignore,
+            global_ranking=global_ranking,
+            isomorphic=isomorphic,
+        )
+
+    if ratio is not None:
+        return cut(ratio)
+    if max_macs is not None:
+        return _to_macs(cut, example_inputs, max_macs)
+    assert max_latency_ms is not None
+    return _to_latency(model, cut, example_inputs, max_latency_ms, threads)
+
+
+def _check(ratio: float | None, max_macs: int | None, max_latency_ms: float | None) -> None:
+    goals = {"ratio": ratio, "max_macs": max_macs, "max_latency_ms": max_latency_ms}
+    given = {name: value for name, value in goals.items() if value is not None}
+    if len(given) != 1:
+        raise ConfigError(f"shrink: got {list(given) or 'no goal'}; give exactly one of ratio, max_macs and max_latency_ms")
+    if ratio is not None and not 0 < ratio < 1:
+        raise ConfigError(f"shrink: ratio={ratio}; a fraction of channels in (0, 1) is needed")
+    for name in ("max_macs", "max_latency_ms"):
+        value = goals[name]
+        if value is not None and value <= 0:
+            raise ConfigError(f"shrink: {name}={value}; a number above 0 is needed")
+
+
+def _to_macs(cut: Callable[[float], nn.Module], inputs: tuple[Any, ...], goal: int) -> nn.Module:
+    smallest = cut(HIGHEST)
+    least = count_macs(smallest, inputs)[0]
+    if least > goal:
+        raise TargetError(f"shrink: max_macs={goal:,} cannot be reached; the fewest found is {least:,}")
+    low, high, best = 0.0, HIGHEST, smallest
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        candidate = cut(middle)
+        if count_macs(candidate, inputs)[0] <= goal:
+            high, best = middle, candidate
+        else:
+            low = middle
+    return best
+
+
+def _to_latency(
+    model: nn.Module, cut: Callable[[float], nn.Module], inputs: tuple[Any, ...], goal: float, threads: int
+) -> nn.Module:
+    with tempfile.TemporaryDirectory() as folder:
+        dense = Path(folder) / "dense.onnx"
+        export(model, inputs, dense, pack=False)
+        stand = benchmark([dense], threads=threads, repeats=15, progress=False).rows[0].latency_ms
+
+        def latency(candidate: nn.Module) -> float:
+            path = Path(folder) / "candidate.onnx"
+            export(candidate, inputs, path, pack=False)
+            rows = benchmark([dense, path], threads=threads, repeats=15, progress=False).rows
+            return rows[1].ratio * stand  # paired with the dense network, so that drift of the machine cancels
+
+        if stand <= goal:
+            return cut(0.0)
+        return _bisect(cut, latency, goal)
+
+
+def _bisect(cut: Callable[[float], nn.Module], latency: Callable[[nn.Module], float], goal: float) -> nn.Module:
+    low, high = 0.0, HIGHEST
+    best: Candidate | None = None
+    fastest = float("inf")
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        candidate = cut(middle)
+        took = latency(candidate)
+        fastest = min(fastest, took)
+        if took <= goal:
+            high = middle
+            if best is None or took > best[0]:
+                best = (took, candidate)
+            if took >= goal * (1 - WITHIN / 2):
+                break
+        else:
+            low = middle
+    if best is None:
+        raise TargetError(f"shrink: max_latency_ms={goal:.4g} cannot be reached; the fastest found takes {fastest:.4g} ms")
+    return best[1]
