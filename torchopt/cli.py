@@ -233,7 +233,7 @@ def show(data: object, text: object, as_json: bool) -> None:
     else:
         from rich.console import Console
 
-        Console().print(text)
+        Console(width=None if sys.stdout.isatty() else 140).print(text)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> object:

@@ -144,7 +144,8 @@ def _of_kind(classes: Sequence[type], value: Mapping[str, Any], path: Path) -> t
 
 
 def _kinds(classes: Sequence[type]) -> list[str]:
-    return [str(cls.kind) for cls in classes if isinstance(getattr(cls, "kind", None), str)]
+    kinds = (getattr(cls, "kind", None) for cls in classes)
+    return [kind for kind in kinds if isinstance(kind, str)]
 
 
 def _sequence(arguments: Sequence[Any], value: object, path: Path) -> tuple[Any, ...]:

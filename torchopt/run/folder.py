@@ -16,6 +16,7 @@ import torch
 from torchopt import recipe as recipes
 from torchopt.errors import FileError, StateError
 from torchopt.files import atomic_path, write_text
+from torchopt.prune.plan import Plan
 from torchopt.recipe import Loaded
 
 FORMAT = 1
@@ -41,7 +42,7 @@ class Position:
 
     stage: int
     start: Tensors
-    plan: Any = None
+    plan: Plan | None = None
     shrunk: bool = False
     baseline: Tensors | None = None
     training: dict[str, Any] | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
@@ -18,10 +18,11 @@ from torch import nn
 from torchopt.compress import calibrate, finalize, prepare, step
 from torchopt.data import Dataset
 from torchopt.one_shot import one_shot
-from torchopt.prune.plan import apply_plan, plan_of
+from torchopt.prune.plan import Plan, apply_plan, plan_of
 from torchopt.recipe import Recipe, Shrink
 from torchopt.report import report as weight_report
 from torchopt.run.folder import Position, Tensors
+from torchopt.shrink import shrink
 from torchopt.train import Train, accuracy, train
 
 CALIBRATION_BATCHES = 32  # what a stage without training uses where `calibrate` is left at 0
@@ -63,7 +64,7 @@ def run_stages(recipe: Recipe, data: Dataset, position: Position, save: Save, *,
         save(position)
 
 
-def started_model(recipe: Recipe, weights: Tensors, plan: object = None) -> nn.Module:
+def started_model(recipe: Recipe, weights: Tensors, plan: Plan | None = None) -> nn.Module:
     """Return the recipe's network with the given shapes and weights."""
     model = recipe.model.build()
     if plan:
@@ -130,16 +131,6 @@ def _trained(
 
 
 def _shrunken(model: nn.Module, data: Dataset, config: Shrink) -> nn.Module:
-    from torchopt.shrink import shrink  # torch-pruning is slow to import, and few runs need it
-
     torch.manual_seed(0)
-    return shrink(
-        model,
-        (data.example,),
-        ratio=config.ratio,
-        max_macs=config.max_macs,
-        max_latency_ms=config.max_latency_ms,
-        importance=config.importance,
-        round_to=config.round_to,
-        ignore=config.ignore,
-    )
+    goals = {field.name: getattr(config, field.name) for field in fields(config)}
+    return shrink(model, (data.example,), **goals)
