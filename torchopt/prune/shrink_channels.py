@@ -54,6 +54,7 @@ def remove_channels(
         ModelError: the dependency graph cannot be built for the network nor for a part of it.
         DataError: the network does not take the example inputs.
     """
+    check_importance(importance)
     _check_ignore(model, ignore)
     small = _copy_with_gradients(model)
     training = small.training
@@ -85,6 +86,17 @@ def remove_channels(
     for parameter in shrunk.parameters():
         parameter.grad = None
     return shrunk.train(training)
+
+
+def check_importance(importance: str) -> None:
+    """Refuse an unknown way of ranking channels.
+
+    Raises:
+        ConfigError: it is none of `IMPORTANCES`.
+    """
+    if importance not in IMPORTANCES:
+        choices = ", ".join(IMPORTANCES)
+        raise ConfigError(f"shrink: importance={importance!r}; one of {choices} is needed{nearest(str(importance), IMPORTANCES)}")
 
 
 def count_macs(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[int, int]:
@@ -227,9 +239,6 @@ def _ranking(importance: str) -> Any:
         "bn_scale": kinds.BNScaleImportance,
         "random": kinds.RandomImportance,
     }
-    if importance not in makers:
-        choices = ", ".join(IMPORTANCES)
-        raise ConfigError(f"shrink: importance={importance!r}; one of {choices} is needed{nearest(str(importance), IMPORTANCES)}")
     return makers[importance]()
 
 

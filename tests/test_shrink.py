@@ -1,0 +1,193 @@
+"""Channels really removed: smaller, exportable, equal in ONNX Runtime, reloadable, and refused with reasons."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import torchopt
+from torchopt.prune.shrink_channels import count_macs, remove_channels
+from torchopt.runtime import session
+from torchopt.shrink import _bisect
+
+FAMILIES = [
+    "resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_b0", "densenet121",
+    "convnext_tiny", "vit_b_16", "shufflenet_v2_x1_0", "squeezenet1_1", "regnet_y_400mf", "mnasnet1_0",
+]  # fmt: skip
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1, groups=32),
+        nn.Conv2d(32, 64, 1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    ).eval()
+
+
+X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def alive(model: nn.Module) -> nn.Module:
+    """Give zero-initialized heads (ViT's) random weights, so that outputs can be compared."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not module.weight.any():
+            nn.init.normal_(module.weight, std=0.02)
+    return model.eval()
+
+
+def check(model: nn.Module, x: torch.Tensor, tmp_path, rebuild, ratio: float = 0.5) -> nn.Module:
+    before = copy.deepcopy(model.state_dict())
+    shrunk = torchopt.shrink(model, (x,), ratio=ratio)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+    assert count_macs(shrunk, (x[:1],))[0] < 0.8 * count_macs(model, (x[:1],))[0]
+    torchopt.export(shrunk, (x,), tmp_path / "s.onnx")
+    opened = session(tmp_path / "s.onnx")
+    theirs = opened.run(None, {opened.get_inputs()[0].name: x.numpy()})[0]
+    ours = shrunk(x).detach().numpy()
+    assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(ours).max()
+    torchopt.save(shrunk, tmp_path / "s.safetensors")
+    again = torchopt.load(tmp_path / "s.safetensors", rebuild()).eval()
+    torch.testing.assert_close(again(x), shrunk(x), rtol=0, atol=0)
+    return shrunk
+
+
+def test_small_net(tmp_path):
+    shrunk = check(small(), X, tmp_path, small)
+    assert shrunk[0].out_channels == 16
+    assert shrunk[3].groups == 16
+    assert shrunk[8].out_features == 10
+
+
+@pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x1_0"])
+def test_torchvision(name, tmp_path):
+    build = lambda: torchvision.models.get_model(name, weights=None)  # noqa: E731
+    check(alive(build()), torch.randn(2, 3, 64, 64), tmp_path, build)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family(name, tmp_path):
+    build = lambda: torchvision.models.get_model(name, weights=None)  # noqa: E731
+    check(alive(build()), torch.randn(2, 3, 224, 224), tmp_path, build)
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "lamp", "fpgm", "bn_scale", "taylor", "random"])
+def test_importances(importance):
+    model = small()
+    if importance == "taylor":
+        model(X).square().sum().backward()
+    assert torchopt.shrink(model, (X,), ratio=0.5, importance=importance)[0].out_channels == 16
+
+
+def test_taylor_keeps_the_channels_that_matter():
+    model = nn.Sequential(nn.Conv2d(1, 16, 1, bias=False), nn.Conv2d(16, 2, 1, bias=False)).eval()
+    with torch.no_grad():
+        model[1].weight[:, :8] = 0  # the first eight channels reach no output
+    x = torch.randn(4, 1, 3, 3)
+    model(x).square().sum().backward()
+    shrunk = torchopt.shrink(model, (x,), ratio=0.5, importance="taylor")
+    torch.testing.assert_close(shrunk(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "options", [{"global_ranking": True}, {"isomorphic": True}, {"global_ranking": True, "isomorphic": True}]
+)
+def test_global_and_isomorphic_ranking(options):
+    shrunk = torchopt.shrink(small(), (X,), ratio=0.4, **options)
+    assert count_macs(shrunk, (X,))[0] < count_macs(small(), (X,))[0]
+    assert shrunk(X).shape == (2, 10)
+
+
+def test_max_macs_is_met_closely():
+    model = torchvision.models.resnet18(weights=None).eval()
+    x = torch.randn(1, 3, 64, 64)
+    goal = count_macs(model, (x,))[0] // 2
+    macs = count_macs(torchopt.shrink(model, (x,), max_macs=goal, round_to=4), (x,))[0]
+    assert 0.9 * goal <= macs <= goal
+
+
+def test_the_slowest_candidate_below_a_latency_goal_is_found():
+    model = torchvision.models.resnet18(weights=None).eval()
+    x = torch.randn(1, 3, 64, 64)
+    latency = lambda candidate: count_macs(candidate, (x,))[0] / 1e6  # noqa: E731 - a clock without noise
+    goal = 0.5 * latency(model)
+    found = _bisect(lambda ratio: remove_channels(model, (x,), ratio, round_to=16), latency, goal)
+    assert 0.8 * goal <= latency(found) <= goal
+    assert found.layer2[0].conv1.out_channels % 16 == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_half_the_latency_in_onnx_runtime(name, tmp_path):
+    model, x = torchvision.models.get_model(name, weights=None).eval(), torch.randn(1, 3, 224, 224)
+    torchopt.export(model, (x,), tmp_path / "dense.onnx", pack=False)
+    dense = torchopt.benchmark([tmp_path / "dense.onnx"], progress=False).rows[0].latency_ms
+    torchopt.export(torchopt.shrink(model, (x,), max_latency_ms=dense / 2), (x,), tmp_path / "half.onnx", pack=False)
+    rows = torchopt.benchmark([tmp_path / "dense.onnx", tmp_path / "half.onnx"], progress=False).rows
+    assert 0.4 < rows[1].ratio < 0.6
+
+
+def test_ignored_layers_keep_their_channels():
+    shrunk = torchopt.shrink(small(), (X,), ratio=0.5, ignore=["4"])
+    assert shrunk[4].out_channels == 64
+    assert shrunk[0].out_channels == 16
+
+
+def test_shrink_twice_then_train_all_three():
+    model = torchopt.shrink(torchopt.shrink(small(), (X,), ratio=0.25), (X,), ratio=0.3)
+    rule = torchopt.Rule("*", prune=torchopt.Prune(schedule=0.5), cluster=torchopt.Cluster(n_clusters=8))
+    final = torchopt.one_shot(model, [rule])
+    assert float((final[4].weight == 0).float().mean()) >= 0.5
+    assert len(final[4].weight.unique()) <= 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "got no goal; give exactly one"),
+        ({"ratio": 0.5, "max_macs": 10}, r"got \['ratio', 'max_macs'\]; give exactly one"),
+        ({"ratio": 1.0}, r"ratio=1.0; a fraction of channels in \(0, 1\)"),
+        ({"max_macs": 0}, "max_macs=0; a number above 0"),
+        ({"ratio": 0.5, "importance": "magnitud"}, "importance='magnitud'; one of .*did you mean 'magnitude'"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(torchopt.ConfigError, match=message):
+        torchopt.shrink(small(), (X,), **options)
+
+
+def test_ignore_that_matches_nothing():
+    with pytest.raises(torchopt.RuleError, match="ignore='stem' matches no module"):
+        torchopt.shrink(small(), (X,), ratio=0.5, ignore=["stem"])
+
+
+def test_inputs_of_another_shape():
+    with pytest.raises(torchopt.DataError, match="does not take the example inputs"):
+        torchopt.shrink(small(), (torch.randn(1, 4, 8, 8),), ratio=0.5)
+
+
+def test_unreachable_macs_names_the_best():
+    with pytest.raises(torchopt.TargetError, match=r"max_macs=5 cannot be reached; the fewest found is [\d,]+"):
+        torchopt.shrink(small(), (X,), max_macs=5)
+
+
+def test_unreachable_latency_names_the_best():
+    with pytest.raises(torchopt.TargetError, match=r"max_latency_ms=1e-06 cannot be reached; the fastest found takes [\d.]+ ms"):
+        torchopt.shrink(small(), (X,), max_latency_ms=1e-6)
+
+
+def test_a_plan_of_another_architecture_is_refused(tmp_path):
+    torchopt.save(torchopt.shrink(small(), (X,), ratio=0.5), tmp_path / "s.safetensors")
+    with pytest.raises(torchopt.StateError, match="was saved from another architecture than Linear"):
+        torchopt.load(tmp_path / "s.safetensors", nn.Linear(3, 2))
