@@ -150,3 +150,27 @@ def _spoil(model: nn.Module) -> None:
 def test_bad_configurations(make, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def _two_ranks(rank: int, folder: str) -> None:
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    net[1].weight.data.zero_()
+    net[1].bias.data.zero_()
+    train(net, Digits().load(), Train(epochs=1, batch_size=64, optimizer=SGD(lr=0.01)))
+    torch.save(net.state_dict(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_take_the_steps_of_one(tmp_path) -> None:
+    torch.multiprocessing.spawn(_two_ranks, (str(tmp_path),), nprocs=2)
+    alone = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    alone[1].weight.data.zero_()
+    alone[1].bias.data.zero_()
+    train(alone, Digits().load(), Train(epochs=1, batch_size=64, optimizer=SGD(lr=0.01)))
+    a, b = torch.load(tmp_path / "0.pt"), torch.load(tmp_path / "1.pt")
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    torch.testing.assert_close(a, dict(alone.state_dict()), rtol=1e-4, atol=1e-6)

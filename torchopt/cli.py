@@ -49,7 +49,8 @@ def run(recipe: str, out: str, resume: bool, overwrite: bool, settings: Sequence
     if resume and overwrite:
         raise ConfigError("--resume: cannot be used with --overwrite; give one of the two")
     report = run(load(recipe, settings), out, resume=resume, overwrite=overwrite)
-    show(report, summary_table(report), as_json)
+    if report:  # empty on the ranks that do not write
+        show(report, summary_table(report), as_json)
 
 
 @app.command()

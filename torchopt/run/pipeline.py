@@ -29,6 +29,7 @@ from torchopt.report import histogram, write_html
 from torchopt.report import report as weight_report
 from torchopt.rules import assign
 from torchopt.run.folder import BASELINE, MODEL, PAGE, RECIPE, REPORT, Folder, Position, open_folder
+from torchopt.run.ranks import on_first, process_group
 from torchopt.run.stages import run_stages, started_model
 from torchopt.runtime import benchmark, inspect, session, verify
 
@@ -46,7 +47,7 @@ def run(
         progress: show progress bars on stderr.
 
     Returns:
-        What `report.json` holds.
+        What `report.json` holds; an empty dict on the ranks of a distributed run that do not write.
 
     Raises:
         TorchoptError: a mistake in the recipe, the model, the data, or the folder.
@@ -55,12 +56,17 @@ def run(
     torch.manual_seed(recipe.seed)
     model = recipe.model.build()
     data = checked(recipe, model)
-    folder = open_folder(out, loaded, resume=resume, overwrite=overwrite)
-    if folder.finished:
-        return read_report(out)
     started = time.monotonic()
-    position = folder.position() or Position(stage=0, start=model.state_dict())
-    final = run_stages(recipe, data, position, folder.save, progress=progress)
+    with process_group() as rank:
+        folder = on_first(lambda: open_folder(out, loaded, resume=resume, overwrite=overwrite))
+        if on_first(lambda: folder.finished):
+            return read_report(out)
+        first = Position(stage=0, start=model.state_dict())
+        position = on_first(lambda: folder.position() or first)
+        save = folder.save if rank == 0 else lambda position: None
+        final = run_stages(recipe, data, position, save, progress=progress and rank == 0)
+        if rank > 0:
+            return {}
     measured = _result(recipe, data, folder, final, position, progress=progress)
     result = {"recipe": loaded.name, "seconds": round(time.monotonic() - started, 1), **measured}
     write_html(result, folder[PAGE])

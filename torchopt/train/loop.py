@@ -8,6 +8,7 @@ that goes on from a saved state takes, on a CPU, bit for bit the same steps as o
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -84,40 +85,60 @@ def train(
     if config.distillation is not None and teacher is None:
         raise ConfigError("Train.distill: asks for a teacher; none was given")
     device = _device(config)
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model.to(device)
     teacher = teacher.to(device).eval() if teacher is not None else None
     optimizer = config.optimizer.build(p for p in model.parameters() if p.requires_grad)
     torch.manual_seed(seed)
     history, losses, first = _restore(resume, model, optimizer)
-    forward = DistributedDataParallel(model) if ranks > 1 else model
-    inputs, labels = data.train_inputs.to(device), data.train_labels.to(device)
-    per_epoch = len(epoch_order(len(inputs), config.batch_size, seed=seed, epoch=0, ranks=ranks))
-    total = per_epoch * config.epochs
-    order: list[torch.Tensor] = []
+    batches = _Batches(data, config, seed, device)
+    forward = DistributedDataParallel(model) if batches.ranks > 1 else model
+    total = batches.per_epoch * config.epochs
     saved_at = time.monotonic()
-    for number in track(range(first, total), description, enabled=progress and rank == 0):
-        epoch, index = divmod(number, per_epoch)
-        if not order or index == 0:
-            order = epoch_order(len(inputs), config.batch_size, seed=seed, epoch=epoch, rank=rank, ranks=ranks)
-        batch = order[index].to(device)
-        x = inputs[batch]
-        if config.augment is not None:
-            x = config.augment(x, generator(seed, epoch, index, rank))
+    for number in track(range(first, total), description, enabled=progress and batches.rank == 0):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate(number, total)
-        losses.append(_one_step(forward, optimizer, x, labels[batch], config, teacher, number))
+        losses.append(_one_step(forward, optimizer, *batches.at(number), config, teacher, number))
         if after_step is not None:
             after_step(model)
-        ended = index + 1 == per_epoch
-        if ended:
-            history.append(Epoch(epoch=epoch, loss=sum(losses) / len(losses), accuracy=accuracy(model, data.test_batches())))
+        epoch, left = divmod(number + 1, batches.per_epoch)
+        if left == 0:
+            score = accuracy(model, data.test_batches())
+            history.append(Epoch(epoch=epoch - 1, loss=sum(losses) / len(losses), accuracy=score))
             losses = []
-        if save is not None and rank == 0 and (ended or time.monotonic() - saved_at > save_seconds):
+        if save is not None and batches.rank == 0 and (left == 0 or time.monotonic() - saved_at > save_seconds):
             save(_state(number + 1, model, optimizer, history, losses))
             saved_at = time.monotonic()
     model.to("cpu")
     return history
+
+
+class _Batches:
+    """The training batches of this process: batch number n is a function of the seed and n alone."""
+
+    def __init__(self, data: Dataset, config: Train, seed: int, device: torch.device) -> None:
+        self.inputs, self.labels = data.train_inputs.to(device), data.train_labels.to(device)
+        self.config, self.seed = config, seed
+        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.epoch, self.order = 0, self._order(0)
+
+    @property
+    def per_epoch(self) -> int:
+        return len(self.order)
+
+    def at(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return inputs and labels of step `number`, counted from the start of the training."""
+        epoch, index = divmod(number, self.per_epoch)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, self._order(epoch)
+        chosen = self.order[index].to(self.inputs.device)
+        inputs = self.inputs[chosen]
+        if self.config.augment is not None:
+            inputs = self.config.augment(inputs, generator(self.seed, epoch, index, self.rank))
+        return inputs, self.labels[chosen]
+
+    def _order(self, epoch: int) -> list[torch.Tensor]:
+        count, size = len(self.inputs), self.config.batch_size
+        return epoch_order(count, size, seed=self.seed, epoch=epoch, rank=self.rank, ranks=self.ranks)
 
 
 def _one_step(
@@ -169,6 +190,8 @@ def _logits(teacher: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
 def _device(config: Train) -> torch.device:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("Train.device: is 'cuda', but torch finds no such device; 'cpu' or 'auto' works here")
+    if config.device != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     return torch.device("cuda" if cuda else "cpu")
 
