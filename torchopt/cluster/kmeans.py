@@ -153,7 +153,7 @@ def _histogram(flat: Array, masses: Array | None, n_clusters: int, pinned: bool)
     """Bins for large data, unless the values crowd into few of them."""
     if len(flat) <= SORTED_UP_TO or flat.dtype != np.float32 or flat.min() == flat.max():
         return None
-    if not np.isfinite(np.float32(1 << 16) / (flat.max() - flat.min())):
+    if not 1e-30 < float(flat.max()) - float(flat.min()) < 1e30:  # where the bins' float32 arithmetic would leave its range
         return None
     histogram = Histogram(flat, masses, pinned=pinned)
     crowded = histogram.uneven or np.count_nonzero(histogram.mass) < 16 * n_clusters

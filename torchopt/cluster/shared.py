@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchopt.cluster.assign import PIECE, assign_
+from torchopt.cluster.assign import assign_, look_up_
 from torchopt.cluster.config import Cluster
+from torchopt.cluster.pieces import PIECE, in_pieces
 from torchopt.cluster.soft import soft_values
 
 
@@ -97,21 +98,30 @@ class SharedWeights(nn.Module):
     def render(self) -> Tensor:
         """Return ŵ (the weight's shape, no gradient), from the buffer where neither codes nor table have changed."""
         table = self.values().detach()
-        of_codes = (self.codes._version, self.codes.data_ptr())
         if self.rendered is not None:
             value, codes_then, table_then = self.rendered
-            if codes_then == of_codes and table_then.dtype == table.dtype and torch.equal(table_then, table):
+            if codes_then == self._codes_now() and table_then.dtype == table.dtype and torch.equal(table_then, table):
                 return value
         with torch.inference_mode(False), torch.no_grad():
-            buffer = None if self.rendered is None else self.rendered[0]
-            if buffer is None or buffer.dtype != table.dtype or buffer.device != table.device:
-                buffer = torch.empty(self.shape, dtype=table.dtype, device=table.device)
             if len(self.codes) > 1:
-                buffer.copy_(self.ungrouped(table.gather(1, self.codes.long())))
+                buffer = self.ungrouped(
+                    look_up_(torch.empty(self.codes.shape, dtype=table.dtype, device=table.device), table, self.codes)
+                )
             else:
-                _look_up_(buffer.view(-1), table.view(-1), self.codes.view(-1))
-            self.rendered = (buffer, of_codes, table.clone())
+                buffer = self._buffer(table)
+                look_up_(buffer.view(1, -1), table, self.codes)
+            self.rendered = (buffer, self._codes_now(), table.clone())
         return buffer
+
+    def _buffer(self, table: Tensor) -> Tensor:
+        """The buffer of the last step, or a new one."""
+        buffer = None if self.rendered is None else self.rendered[0]
+        if buffer is None or buffer.dtype != table.dtype or buffer.device != table.device:
+            return torch.empty(self.shape, dtype=table.dtype, device=table.device)
+        return buffer
+
+    def _codes_now(self) -> tuple[int, int]:
+        return self.codes._version, self.codes.data_ptr()
 
     def table_gradient(self, gradient: Tensor) -> Tensor:
         """Aggregate ∂L/∂ŵ (the weight's shape) over the members of each entry (groups, k)."""
@@ -134,7 +144,15 @@ class SharedWeights(nn.Module):
         return total
 
     def _assign(self, weight: Tensor, kept: Tensor | None) -> None:
-        assign_(self.codes, weight, self.values())
+        """Nearest codes; where neither masks nor groups stand in the way, ŵ is rendered in the same pass."""
+        table = self.values().detach()
+        if kept is None and len(self.codes) == 1:
+            with torch.inference_mode(False), torch.no_grad():
+                buffer = self._buffer(table)
+                assign_(self.codes, weight, table, buffer.view(1, -1))
+                self.rendered = (buffer, self._codes_now(), table.clone())
+            return
+        assign_(self.codes, weight, table)
         if kept is not None:
             self.codes.mul_(kept.view(torch.uint8) if kept.dtype == torch.bool else kept.to(torch.uint8))
 
@@ -228,21 +246,17 @@ class _Snap(torch.autograd.Function):
         return gradient, None
 
 
-def _look_up_(out: Tensor, table: Tensor, codes: Tensor) -> None:
-    """Set out[i] = table[codes[i]] in pieces that stay in cache."""
-    index = torch.empty(min(PIECE, len(codes)), dtype=torch.int32, device=codes.device)
-    for begin in range(0, len(codes), PIECE):
-        piece = codes[begin : begin + PIECE]
-        torch.index_select(table, 0, index[: len(piece)].copy_(piece), out=out[begin : begin + PIECE])
-
-
 def _sum_by_code(codes: Tensor, gradient: Tensor, k: int) -> Tensor:
     """Σ gradient by code (k,) float32; in pieces, whose float32 sums are added in float64."""
-    total = torch.zeros(k, dtype=torch.float64)
-    gradient = gradient.float()
-    for begin in range(0, len(codes), PIECE):
-        total += torch.bincount(codes[begin : begin + PIECE], gradient[begin : begin + PIECE], minlength=k)
-    return total.float()
+    gradient = gradient.detach().float()
+
+    def work(begins: range) -> Tensor:
+        total = torch.zeros(k, dtype=torch.float64)
+        for begin in begins:
+            total += torch.bincount(codes[begin : begin + PIECE], gradient[begin : begin + PIECE], minlength=k)
+        return total
+
+    return torch.stack(in_pieces(len(codes), work)).sum(0).float()
 
 
 def _count(codes: Tensor, k: int) -> Tensor:
