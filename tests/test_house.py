@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "torchopt"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = [
-    {"errors", "files", "progress", "packing", "strict", "importing"},
+    {"errors", "files", "progress", "packing", "strict", "located", "importing"},
     {"weights", "grid", "schedule", "batches", "surgery", "state", "traced", "batch_norm"},
     {"prune", "cluster", "quantize"},
     {"export", "runtime"},

@@ -17,6 +17,7 @@ import yaml
 from torchopt import strict
 from torchopt.data import Digits, FashionMnist, ImageFolder, ImportedData, SpokenDigits
 from torchopt.errors import ConfigError, FileError, nearest
+from torchopt.located import line_of, put, read_yaml
 from torchopt.models import ImportedModel, ReferenceModel
 from torchopt.rules import Rule
 from torchopt.strict import Path
@@ -207,14 +208,17 @@ def parse(text: str, overrides: Iterable[str] = (), *, name: str = "recipe") -> 
         >>> found.recipe.stages[0].train.epochs
         1
     """
-    plain, lines = _read_yaml(text, name)
+    plain, lines = read_yaml(text, name)
+    if not isinstance(plain, dict):
+        keys = ", ".join(f.name for f in dataclasses.fields(Recipe))
+        raise ConfigError(f"{name}: holds no keys and values; a recipe has {keys}")
     overrides = list(overrides)
     for override in overrides:
         _override(plain, override)
     try:
         recipe = strict.build(Recipe, plain)
     except strict.KeyPathError as error:
-        raise ConfigError(f"{name}:{_line(lines, error.path)}: {error}") from error
+        raise ConfigError(f"{name}:{line_of(lines, error.path)}: {error}") from error
     if overrides:
         text = yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=120)
     return Loaded(recipe=recipe, name=FilePath(name).name, plain=plain, text=text)
@@ -240,48 +244,6 @@ def first_difference(a: object, b: object, path: Path = ()) -> str | None:
     return None if a == b else strict.dotted(path)
 
 
-def _read_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[Path, int]]:
-    """Return the plain data and the line of each key path."""
-    loader = yaml.SafeLoader(text)
-    lines: dict[Path, int] = {(): 1}
-    try:
-        node = loader.get_single_node()
-        plain = _construct(loader, node, (), lines, name) if node is not None else None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f":{mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{name}{where}: not YAML: {problem}") from error
-    finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
-    if not isinstance(plain, dict):
-        keys = ", ".join(f.name for f in dataclasses.fields(Recipe))
-        raise ConfigError(f"{name}: holds no keys and values; a recipe has {keys}")
-    return plain, lines
-
-
-def _construct(loader: yaml.SafeLoader, node: yaml.Node, path: Path, lines: dict[Path, int], name: str) -> Any:
-    lines[path] = node.start_mark.line + 1
-    if isinstance(node, yaml.MappingNode):
-        found: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
-            if key in found:
-                raise ConfigError(f"{name}:{key_node.start_mark.line + 1}: {strict.dotted((*path, key))}: stands here twice")
-            found[key] = _construct(loader, value_node, (*path, key), lines, name)
-            lines[(*path, key)] = key_node.start_mark.line + 1
-        return found
-    if isinstance(node, yaml.SequenceNode):
-        return [_construct(loader, item, (*path, i), lines, name) for i, item in enumerate(node.value)]
-    return loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
-
-
-def _line(lines: dict[Path, int], path: Path) -> int:
-    while path not in lines:
-        path = path[:-1]
-    return lines[path]
-
-
 def _override(plain: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key.strip():
@@ -302,21 +264,4 @@ def _override(plain: dict[str, Any], override: str) -> None:
         if not places:
             raise ConfigError(f"--set {override}: no stage has {parts[0]!r}; name one, such as stages.0.{key}")
     for place in places:
-        _put(place, parts, parsed, override)
-
-
-def _put(place: Any, parts: list[str], value: object, override: str) -> None:
-    for number, part in enumerate(parts):
-        last = number == len(parts) - 1
-        if isinstance(place, list):
-            if not part.isdigit() or int(part) >= len(place):
-                raise ConfigError(f"--set {override}: {part!r} is no place in a list of {len(place)}; 0 to {len(place) - 1} are")
-            index: Any = int(part)
-        elif isinstance(place, dict):
-            index = part
-        else:
-            raise ConfigError(f"--set {override}: {'.'.join(parts[:number])} is {place!r}, which has no keys")
-        if last:
-            place[index] = value
-        else:
-            place = place.setdefault(index, {}) if isinstance(place, dict) else place[index]
+        put(place, parts, parsed, where=f"--set {override}")

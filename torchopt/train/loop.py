@@ -58,7 +58,7 @@ def train(
     Args:
         model: maps inputs to logits.
         data: the samples.
-        config: how.
+        config: how to train.
         seed: decides initial random state, order and augmentation.
         teacher: the model to learn from, where `config.distill` asks for it.
         after_step: called with the model after each optimizer step (`torchopt.step`).
@@ -82,21 +82,18 @@ def train(
         >>> train(net, Digits().load(), Train(epochs=3, optimizer=Adam(lr=0.01)))[-1].accuracy > 0.9
         True
     """
-    if config.distillation is not None and teacher is None:
-        raise ConfigError("Train.distill: asks for a teacher; none was given")
     device = _device(config)
     model.to(device)
-    teacher = teacher.to(device).eval() if teacher is not None else None
+    teacher = _teacher(config, teacher, device)
     optimizer = config.optimizer.build(p for p in model.parameters() if p.requires_grad)
     torch.manual_seed(seed)
     history, losses, first = _restore(resume, model, optimizer)
     batches = _Batches(data, config, seed, device)
     forward = DistributedDataParallel(model) if batches.ranks > 1 else model
     total = batches.per_epoch * config.epochs
-    saved_at = time.monotonic()
+    saves = _Saves(save if batches.rank == 0 else None, save_seconds)
     for number in track(range(first, total), description, enabled=progress and batches.rank == 0):
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate(number, total)
+        _set_learning_rate(optimizer, config.learning_rate(number, total))
         losses.append(_one_step(forward, optimizer, *batches.at(number), config, teacher, number))
         if after_step is not None:
             after_step(model)
@@ -105,11 +102,25 @@ def train(
             score = accuracy(model, data.test_batches())
             history.append(Epoch(epoch=epoch - 1, loss=sum(losses) / len(losses), accuracy=score))
             losses = []
-        if save is not None and batches.rank == 0 and (left == 0 or time.monotonic() - saved_at > save_seconds):
-            save(_state(number + 1, model, optimizer, history, losses))
-            saved_at = time.monotonic()
+        if saves.due(ended=left == 0):
+            saves.write(_state(number + 1, model, optimizer, history, losses))
     model.to("cpu")
     return history
+
+
+class _Saves:
+    """When to save: at the end of each epoch, and after so many seconds inside one; never without a `save`."""
+
+    def __init__(self, save: Callable[[State], object] | None, seconds: float) -> None:
+        self.save, self.seconds, self.last = save, seconds, time.monotonic()
+
+    def due(self, *, ended: bool) -> bool:
+        return self.save is not None and (ended or time.monotonic() - self.last > self.seconds)
+
+    def write(self, state: State) -> None:
+        if self.save is not None:
+            self.save(state)
+        self.last = time.monotonic()
 
 
 class _Batches:
@@ -185,6 +196,17 @@ def distillation_loss(student: torch.Tensor, teacher: torch.Tensor, config: Dist
 @torch.no_grad()
 def _logits(teacher: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     return teacher(inputs)  # type: ignore[no-any-return]
+
+
+def _teacher(config: Train, teacher: nn.Module | None, device: torch.device) -> nn.Module | None:
+    if config.distillation is not None and teacher is None:
+        raise ConfigError("Train.distill: asks for a teacher; none was given")
+    return teacher.to(device).eval() if teacher is not None else None
+
+
+def _set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 def _device(config: Train) -> torch.device:
