@@ -1,6 +1,6 @@
 """Export: one torch module in, one small checked ONNX file out.
 
-    torch.onnx.export → passes (tidy, integer weights, global pooling) → packing → onnx.checker → a session of ORT → rename
+    torch.onnx.export → passes (one file each in `passes/`) → packing → onnx.checker → a session of ORT → rename
 
 Everything before this was decided in torch: an ONNX pass only writes the same numbers in another form.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx.version_converter
 import onnx_ir as ir
 import onnxruntime
 from torch import nn
@@ -20,11 +21,21 @@ from torch import nn
 from torchopt.errors import ConfigError, ModelError, nearest
 from torchopt.export.graph import to_onnx
 from torchopt.export.pack import PackReport, pack_model
-from torchopt.export.passes import GlobalPoolPass, IntegerWeightsPass, TidyPass
+from torchopt.export.passes import (
+    GlobalPoolPass,
+    HalfWeightsPass,
+    IntegerWeightsPass,
+    LateDequantizePass,
+    RedundantActivationsPass,
+    ShortNamesPass,
+    StaticShapesPass,
+    TidyPass,
+)
 from torchopt.files import atomic_path
 from torchopt.grid import grids
 
 OPSETS = {"ort-x86": 21, "ort-x86-avx2": 21, "ort-arm": 21, "ort-web": 21}
+OLDEST, NEWEST, PACKS = 17, 23, 21  # packing needs the four-bit integers of opset 21
 FOLDS_AT_LOAD = ("ort-x86", "ort-x86-avx2", "ort-arm")  # runtimes that decode packed weights once, not at each inference
 
 
@@ -38,6 +49,7 @@ class ExportResult:
         opset: version of the ONNX operator set.
         size_bytes: of the file as it lies on disk.
         dense_size_bytes: of the same file without packing.
+        passes: the graph passes that changed something, in order.
         packing: what packing did to each tensor, or None.
         note: why the file is dense, where it is.
     """
@@ -47,6 +59,7 @@ class ExportResult:
     opset: int
     size_bytes: int
     dense_size_bytes: int
+    passes: tuple[str, ...]
     packing: PackReport | None
     note: str = ""
 
@@ -63,6 +76,7 @@ def export(
     target: str = "ort-x86",
     dynamic_batch: bool = True,
     pack: bool | str = "auto",
+    opset: int | None = None,
 ) -> ExportResult:
     """Write `model` as an ONNX file that stock ONNX Runtime runs.
 
@@ -73,9 +87,12 @@ def export(
         target: "ort-x86", "ort-x86-avx2", "ort-arm" or "ort-web".
         dynamic_batch: let the batch dimension vary.
         pack: "auto" packs the weights where the target decodes them once, at load; True or False decide it.
+        opset: version of the ONNX operator set, 17 to 23, for runtimes older than the target's own; packing needs 21.
+
+    A model in half precision keeps float32 inputs and outputs; its weights are stored as float16.
 
     Raises:
-        ConfigError: an unknown target, or another value of `pack`.
+        ConfigError: an unknown target, another value of `pack`, or an opset out of range.
         ModelError: the model cannot be exported, or a weight is not finite.
         FileError: the file cannot be written.
 
@@ -85,21 +102,83 @@ def export(
         >>> export(nn.Linear(3, 2), (torch.zeros(1, 3),), folder / "m.onnx").opset
         21
     """
-    _check(target, pack)
-    opset = OPSETS[target]
-    graph = to_onnx(model, example_inputs, opset=opset, dynamic_batch=dynamic_batch)
-    found = grids(model)
-    keep = frozenset(name for name, _ in model.named_parameters())
-    for step in (TidyPass(keep), GlobalPoolPass(), IntegerWeightsPass(found), TidyPass(keep)):
-        step(graph)
-    dense = len(ir.to_proto(graph).SerializeToString())
-    wanted = target in FOLDS_AT_LOAD if pack == "auto" else pack
-    report = pack_model(graph) if wanted else None
+    _check(target, pack, opset)
+    version = opset or OPSETS[target]
+    graph = to_onnx(model, example_inputs, opset=version, dynamic_batch=dynamic_batch)
+    applied = _rewrite(graph, model)
+    graph = lowered(graph, version)
+    dense = len(_bytes(graph))
+    note = _dense_because(target, pack, version)
+    report = None if note else pack_model(graph)
     size = write_checked(graph, path)
-    note = "" if wanted else f"{target} would decode packed weights at each inference" if pack == "auto" else "pack=False"
     return ExportResult(
-        path=Path(path), target=target, opset=opset, size_bytes=size, dense_size_bytes=dense, packing=report, note=note
+        path=Path(path),
+        target=target,
+        opset=version,
+        size_bytes=size,
+        dense_size_bytes=dense,
+        passes=applied,
+        packing=report,
+        note=note,
     )
+
+
+def _rewrite(graph: ir.Model, model: nn.Module) -> tuple[str, ...]:
+    """Run the passes in place and return the names of those that changed something."""
+    parameters = dict(model.named_parameters())
+    keep = frozenset(parameters)
+    steps = (
+        TidyPass(keep),
+        StaticShapesPass(),
+        RedundantActivationsPass(),
+        GlobalPoolPass(),
+        IntegerWeightsPass(grids(model)),
+        LateDequantizePass(),
+        HalfWeightsPass(),
+        TidyPass(keep),
+        ShortNamesPass(frozenset(name for name, p in parameters.items() if p.dim() > 1)),
+    )
+    changed = [type(step).__name__.removesuffix("Pass") for step in steps if step(graph).modified]
+    return tuple(dict.fromkeys(changed))
+
+
+def lowered(graph: ir.Model, opset: int) -> ir.Model:
+    """Return the graph in an older operator set, where it has a newer one.
+
+    Raises:
+        ModelError: an operator of the graph does not exist there.
+    """
+    if graph.opset_imports[""] <= opset:
+        return graph
+    try:
+        old = onnx.version_converter.convert_version(ir.to_proto(graph), opset)
+    except Exception as error:  # a RuntimeError or an onnx.onnx_cpp2py_export.ConvertError, by version
+        raise ModelError(f"export: the graph cannot be written in opset {opset}: {str(error)[:200]}; use 21") from error
+    old.ir_version = 8 if opset < 19 else old.ir_version
+    return ir.from_proto(old)
+
+
+def _dense_because(target: str, pack: bool | str, opset: int) -> str:
+    """Why the file is written without packing; empty where it is packed."""
+    if pack is False:
+        return "pack=False"
+    if opset < PACKS:
+        return f"opset {opset} has no four-bit integers"
+    if pack == "auto" and target not in FOLDS_AT_LOAD:
+        return f"{target} would decode packed weights at each inference"
+    return ""
+
+
+def _bytes(graph: ir.Model) -> bytes:
+    """Serialize.
+
+    Raises:
+        ModelError: more than protobuf's 2 GB.
+    """
+    try:
+        return ir.to_proto(graph).SerializeToString()
+    except Exception as error:  # google.protobuf.message.EncodeError or a ValueError, by version
+        raise ModelError(f"export: the graph cannot be serialized (protobuf holds at most 2 GB): {str(error)[:200]}") from error
 
 
 def write_checked(graph: ir.Model, path: str | os.PathLike[str]) -> int:
@@ -109,7 +188,7 @@ def write_checked(graph: ir.Model, path: str | os.PathLike[str]) -> int:
         ModelError: the checker or the runtime refuses it.
         FileError: the file cannot be written.
     """
-    data = ir.to_proto(graph).SerializeToString()
+    data = _bytes(graph)
     try:
         onnx.checker.check_model(data)
         options = onnxruntime.SessionOptions()
@@ -122,10 +201,16 @@ def write_checked(graph: ir.Model, path: str | os.PathLike[str]) -> int:
     return len(data)
 
 
-def _check(target: str, pack: bool | str) -> None:
+def _check(target: str, pack: bool | str, opset: int | None) -> None:
     if target not in OPSETS:
         raise ConfigError(
             f"export: target={target!r} is unknown; one of {', '.join(OPSETS)} is needed{nearest(str(target), OPSETS)}"
         )
     if pack not in ("auto", True, False):
         raise ConfigError(f"export: pack={pack!r}; 'auto', True or False is needed")
+    if opset is not None and not OLDEST <= opset <= NEWEST:
+        raise ConfigError(f"export: opset={opset}; {OLDEST} to {NEWEST} is needed")
+    if pack is True and (opset or OPSETS[target]) < PACKS:
+        raise ConfigError(
+            f"export: pack=True with opset={opset}, which has no four-bit integers; opset {PACKS} or pack='auto' is needed"
+        )

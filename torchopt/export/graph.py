@@ -12,6 +12,7 @@ import copy
 import inspect
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -39,9 +40,8 @@ def to_onnx(model: nn.Module, example_inputs: tuple[Any, ...], *, opset: int, dy
         ModelError: a weight is not finite, or the model cannot be exported.
     """
     _check(model, example_inputs)
-    module = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-    inputs = tuple(_batch_of_two(x) if dynamic_batch else x for x in example_inputs)
-    inputs = tuple(x.cpu() if isinstance(x, torch.Tensor) else x for x in inputs)
+    module = copy.deepcopy(model).cpu().eval().requires_grad_(False).float()
+    inputs = tuple(_batch_of_two(x) if dynamic_batch else x for x in map(_plain, example_inputs))
     shapes = tuple({0: torch.export.Dim(BATCH)} if _has_batch(x) else None for x in inputs) if dynamic_batch else None
     try:
         with torch.no_grad(), _quiet():
@@ -56,9 +56,10 @@ def to_onnx(model: nn.Module, example_inputs: tuple[Any, ...], *, opset: int, dy
                 verbose=False,
             )
     except Exception as error:  # the exporter raises whatever the model's code or its own raises
-        raise ModelError(f"export: {type(model).__name__} cannot be exported to ONNX: {_reason(error)}") from error
+        raise ModelError(_sentence(type(model).__name__, error)) from error
     if program is None:
         raise ModelError(f"export: {type(model).__name__} cannot be exported to ONNX: the exporter returned nothing")
+    _name_outputs(program.model.graph)
     return program.model
 
 
@@ -70,6 +71,21 @@ def _check(model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"export: {name} holds NaN or infinity; export a trained, finite model")
+
+
+def _plain(x: Any) -> Any:
+    """Inputs and outputs of the file are float32, whatever the precision of the weights."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    return x.cpu().float() if x.is_floating_point() else x.cpu()
+
+
+def _name_outputs(graph: ir.Graph) -> None:
+    """Call one output "output", and several "output_0", "output_1", …"""
+    single = len(graph.outputs) == 1
+    for i, value in enumerate(graph.outputs):
+        if not value.is_graph_input() and not value.is_initializer():
+            value.name = "output" if single else f"output_{i}"
 
 
 def _has_batch(x: Any) -> bool:
@@ -97,6 +113,13 @@ def _nested(module: nn.Module, shapes: tuple[Any, ...] | None) -> Any:
     if shapes is None or not (parameters and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL):
         return shapes
     return (shapes,)
+
+
+def _sentence(name: str, error: BaseException) -> str:
+    reason = _reason(error)
+    fixed = re.search(r"onstraints violated|specialized|marked .* dynamic", f"{error} {reason}")
+    remedy = "; the model fixes its batch size: export it with dynamic_batch=False" if fixed else ""
+    return f"export: {name} cannot be exported to ONNX: {reason}{remedy}"
 
 
 def _reason(error: BaseException) -> str:

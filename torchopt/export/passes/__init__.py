@@ -1,7 +1,21 @@
 """Passes over an ONNX graph, one a file: each changes the form of what is computed, and none changes the numbers."""
 
 from torchopt.export.passes.global_pool import GlobalPoolPass
+from torchopt.export.passes.half_weights import HalfWeightsPass
 from torchopt.export.passes.integer_weights import IntegerWeightsPass
+from torchopt.export.passes.late_dequantize import LateDequantizePass
+from torchopt.export.passes.redundant_activations import RedundantActivationsPass
+from torchopt.export.passes.short_names import ShortNamesPass
+from torchopt.export.passes.static_shapes import StaticShapesPass
 from torchopt.export.passes.tidy import TidyPass
 
-__all__ = ["GlobalPoolPass", "IntegerWeightsPass", "TidyPass"]
+__all__ = [
+    "GlobalPoolPass",
+    "HalfWeightsPass",
+    "IntegerWeightsPass",
+    "LateDequantizePass",
+    "RedundantActivationsPass",
+    "ShortNamesPass",
+    "StaticShapesPass",
+    "TidyPass",
+]

@@ -3,7 +3,8 @@
     float32 initializer ŵ   →   int8 initializer q  →  DequantizeLinear(q, s, axis)  =  q · s  =  ŵ
 
 The initializer keeps its name, so that the file speaks of the weight as torch does. ORT fuses the DequantizeLinear into its
-integer kernels; a float32 initializer with a QuantizeLinear, which exporters write, would be four times as large.
+integer kernels; a float32 initializer with a QuantizeLinear, which exporters write, would be four times as large. Its integer Gemm
+wants a zero point to be written, which convolutions and MatMul do without.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class IntegerWeightsPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite every initializer that has a grid."""
-        found = [name for name in self.grids if name in model.graph.initializers]
+        found = [name for name in self.grids if name in model.graph.initializers and model.graph.initializers[name].uses()]
         for name in found:
             _replace(model.graph, model.graph.initializers[name], self.grids[name])
         return ir.passes.PassResult(model, modified=bool(found))
@@ -63,10 +64,15 @@ def _replace(graph: ir.Graph, weight: ir.Value, grid: Grid) -> None:
     new.shape, new.dtype = ir.Shape(codes.shape), ir.DataType.INT8
     scales = ir.Value(name=name + "_scale", const_value=ir.tensor(scale, name=name + "_scale"))
     scales.shape, scales.dtype = ir.Shape(scale.shape), ir.DataType.FLOAT
-    for value in (new, scales):
+    operands = [new, scales]
+    if any(user.op_type == "Gemm" for user, _ in users):
+        zeros = np.zeros(scale.shape, dtype=np.int8)
+        operands.append(ir.Value(name=name + "_zero", const_value=ir.tensor(zeros, name=name + "_zero")))
+        operands[-1].shape, operands[-1].dtype = ir.Shape(zeros.shape), ir.DataType.INT8
+    for value in operands:
         graph.register_initializer(value)
     attributes = [ir.AttrInt64("axis", grid.axis)] if grid.axis is not None else []
-    node = ir.Node("", "DequantizeLinear", [new, scales], attributes, name=name + "_dequantize")
+    node = ir.Node("", "DequantizeLinear", operands, attributes, name=name + "_dequantize")
     output = node.outputs[0]
     output.name, output.shape, output.dtype = name + "_dq", ir.Shape(codes.shape), ir.DataType.FLOAT
     graph.insert_before(users[0][0], node)

@@ -1,0 +1,51 @@
+"""Weights whose values are float16 numbers, written as float16.
+
+    float32 initializer w with  float32(float16(w)) = w  bit for bit   →   float16 initializer → Cast to float32
+
+ORT folds the Cast when it loads the file, so that half the bytes cost nothing at inference. A model given in half precision
+(`model.half()`) is exported in float32 and comes out here as it was.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+SMALLEST = 64  # elements: below it the Cast node is larger than what it saves
+
+
+class HalfWeightsPass(ir.passes.InPlacePass):
+    """Replace float32 weights whose every value is a float16 number; biases and norms, of one dimension, stay."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite every such initializer of `model`."""
+        found = [v for v in model.graph.initializers.values() if v.dtype == ir.DataType.FLOAT and _fits(v)]
+        for value in found:
+            _replace(model.graph, value)
+        return ir.passes.PassResult(model, modified=bool(found))
+
+
+def _fits(value: ir.Value) -> bool:
+    if value.const_value is None or value.is_graph_output() or value.is_graph_input():
+        return False
+    dense = value.const_value.numpy()
+    if dense.ndim < 2 or dense.size < SMALLEST or not list(value.uses()) or float(np.abs(dense).max()) > np.finfo(np.float16).max:
+        return False
+    return np.array_equal(dense.astype(np.float16).astype(np.float32).view(np.int32), dense.view(np.int32))
+
+
+def _replace(graph: ir.Graph, value: ir.Value) -> None:
+    assert value.const_value is not None
+    half = value.const_value.numpy().astype(np.float16)
+    name, users = str(value.name), list(value.uses())
+    graph.initializers.pop(name)
+    value.name = f"{name}_float"
+    new = ir.Value(name=name, const_value=ir.tensor(half, name=name))
+    new.shape, new.dtype = ir.Shape(half.shape), ir.DataType.FLOAT16
+    graph.register_initializer(new)
+    cast = ir.Node("", "Cast", [new], [ir.AttrInt64("to", int(ir.DataType.FLOAT))])
+    output = cast.outputs[0]
+    output.name, output.shape, output.dtype = f"{name}_float32", ir.Shape(half.shape), ir.DataType.FLOAT
+    graph.insert_before(next(iter(graph)), cast)
+    for user, index in users:
+        user.replace_input_with(index, output)
