@@ -1,1 +1,67 @@
 """torchopt: prune, cluster and quantize PyTorch models, and export one small ONNX file that ONNX Runtime runs fast."""
+
+from torchopt.batch_norm import reestimate_batch_norm
+from torchopt.checkpoint import load, save
+from torchopt.cluster import Cluster
+from torchopt.compress import calibrate, finalize, prepare, step
+from torchopt.errors import (
+    ConfigError,
+    DataError,
+    FileError,
+    ModelError,
+    RuleError,
+    StateError,
+    TargetError,
+    TorchoptError,
+)
+from torchopt.export import ExportResult, PackReport, export, pack, unpack
+from torchopt.one_shot import one_shot
+from torchopt.prune import ConstantSparsity, CosineDecay, MultiStep, PolynomialDecay, Prune
+from torchopt.quantize import Quantize
+from torchopt.report import Report, report
+from torchopt.rules import Rule
+from torchopt.runtime import Placement, Timing, Verdict, benchmark, inspect, verify
+from torchopt.shrink import shrink
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Cluster",
+    "ConfigError",
+    "ConstantSparsity",
+    "CosineDecay",
+    "DataError",
+    "ExportResult",
+    "FileError",
+    "ModelError",
+    "MultiStep",
+    "PackReport",
+    "Placement",
+    "PolynomialDecay",
+    "Prune",
+    "Quantize",
+    "Report",
+    "Rule",
+    "RuleError",
+    "StateError",
+    "TargetError",
+    "Timing",
+    "TorchoptError",
+    "Verdict",
+    "benchmark",
+    "calibrate",
+    "export",
+    "finalize",
+    "inspect",
+    "load",
+    "one_shot",
+    "pack",
+    "prepare",
+    "reestimate_batch_norm",
+    "report",
+    "save",
+    "shrink",
+    "step",
+    "unpack",
+    "verify",
+]

@@ -1,6 +1,37 @@
-"""Observers: what range an activation takes, from data that streams by."""
+"""Observers: what calibration remembers of an activation, and the range that it makes of it.
 
-from torchopt.quantize.observers.histogram import StreamingHistogram
-from torchopt.quantize.observers.ranges import entropy_range, minmax_range, mse_range, percentile_range
+An observer sees each calibration batch once and keeps state of a fixed size, so that memory does not grow with the number of
+batches. `Quantize.observer` names the class; a new one is a subclass of `Observer` in a file of its own beside `minmax.py`, and one
+line in `make`.
+"""
 
-__all__ = ["StreamingHistogram", "entropy_range", "minmax_range", "mse_range", "percentile_range"]
+from __future__ import annotations
+
+from torchopt.errors import ConfigError
+from torchopt.quantize.observers.minmax import MinMax, MovingAverage, Observer
+
+__all__ = ["MinMax", "MovingAverage", "Observer", "make"]
+
+
+def make(name: str, *, quant_min: int, quant_max: int, symmetric: bool) -> Observer:
+    """Return a new observer.
+
+    Args:
+        name: `Quantize.observer`.
+        quant_min: the smallest integer of the grid that the range is for.
+        quant_max: the largest.
+        symmetric: the grid has its zero in the middle.
+
+    Raises:
+        ConfigError: no observer has that name.
+
+    Example:
+        >>> make("minmax", quant_min=0, quant_max=255, symmetric=False)
+        MinMax()
+    """
+    match name:
+        case "minmax":
+            return MinMax()
+        case "moving_average":
+            return MovingAverage()
+    raise ConfigError(f"Quantize.observer: {name!r} is not available; choose 'minmax' or 'moving_average'")

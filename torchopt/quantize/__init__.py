@@ -1,0 +1,12 @@
+"""Quantization: integer grids for weights and activations, for training and after it; the only package that imports torch.ao."""
+
+import warnings
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # torch.ao announces its removal on import; the announcement is known
+    from torchopt.quantize.activations import ActivationQuantizer, FixedQuantize
+    from torchopt.quantize.attach import attach, calibrate, observes, update
+    from torchopt.quantize.bake import bake
+    from torchopt.quantize.config import Quantize
+
+__all__ = ["ActivationQuantizer", "FixedQuantize", "Quantize", "attach", "bake", "calibrate", "observes", "update"]

@@ -1,0 +1,259 @@
+"""Quantizers of activations: the one that trains and observes, and the fixed one that a finalized model keeps.
+
+    x̂ = s · (clamp(round(x / s) + z, q_min, q_max) − z)        s = (hi − lo) / (q_max − q_min)
+
+with lo ≤ 0 ≤ hi, so that zero (and with it the padding of convolutions) is exact; after a ReLU lo = 0 gives z = q_min. Gradients pass
+straight through inside the range (Jacob et al. 2018, arXiv:1712.05877). The learned variant trains s (LSQ, Esser et al. 2020,
+arXiv:1902.08153), its gradient scaled by 1/√(N·q_max).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.ao.quantization.fx._decomposed  # registers the quantized_decomposed operators that torch.export traces
+from torch import nn
+from torch.ao.quantization.fake_quantize import FakeQuantizeBase
+
+from torchopt.errors import DataError
+from torchopt.quantize.observers import make
+
+TRAINING_MOMENTUM = 0.01  # torch.ao's averaging constant: ranges follow about the last hundred steps
+SMALLEST_SCALE = 2.0**-24  # keeps bias / (s_x · s_w) inside int32 for constant activations
+
+
+def scale_and_zero_point(
+    low: torch.Tensor, high: torch.Tensor, quant_min: int, quant_max: int, symmetric: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the float32 scale and the int32 zero point that cover [low, high] and zero.
+
+    Example:
+        >>> s, z = scale_and_zero_point(torch.tensor(-1.0), torch.tensor(4.1), 0, 255, False)
+        >>> round(float(s), 6), int(z)
+        (0.02, 50)
+    """
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    if symmetric:
+        middle = (quant_min + quant_max + 1) // 2
+        scale = torch.maximum(-low / (middle - quant_min), high / (quant_max - middle)).clamp(min=SMALLEST_SCALE)
+        return scale, torch.full_like(scale, middle, dtype=torch.int32)
+    scale = ((high - low) / (quant_max - quant_min)).clamp(min=SMALLEST_SCALE)
+    zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max)
+    return scale, zero_point.to(torch.int32)
+
+
+class ActivationQuantizer(FakeQuantizeBase):
+    """Observes an activation and rounds it to an integer grid, in one module with state of fixed shape.
+
+    Args:
+        quant_min: the smallest integer.
+        quant_max: the largest.
+        symmetric: zero in the middle of the grid.
+        observer: the class that calibration uses, by its `Quantize.observer` name.
+        fixed_range: (low, high) known beforehand, such as (0, 1) after a sigmoid; then nothing is observed.
+        learn: train the scale.
+
+    In training mode it follows the data by a moving average while `observer_enabled`, and rounds while `fake_quant_enabled`; in
+    evaluation it rounds on the range it has. Before it has seen any data it lets the activation pass.
+    """
+
+    min_val: torch.Tensor
+    max_val: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
+    def __init__(
+        self,
+        *,
+        quant_min: int = 0,
+        quant_max: int = 255,
+        symmetric: bool = False,
+        observer: str = "moving_average",
+        fixed_range: tuple[float, float] | None = None,
+        learn: bool = False,
+    ) -> None:
+        super().__init__()
+        self.quant_min, self.quant_max, self.symmetric = quant_min, quant_max, symmetric
+        self.dtype = torch.quint8 if quant_min >= 0 else torch.qint8  # what torch.ao matches against its backend
+        self.is_dynamic = False
+        self.observer = make(observer, quant_min=quant_min, quant_max=quant_max, symmetric=symmetric)
+        self.widening = observer == "minmax"
+        self.fixed = fixed_range is not None
+        self.learn = learn and not self.fixed
+        self.calibrating = False
+        self.register_buffer("min_val", torch.tensor(torch.inf))
+        self.register_buffer("max_val", torch.tensor(-torch.inf))
+        self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
+        if self.learn:
+            self.scale = nn.Parameter(torch.ones(1))
+        else:
+            self.register_buffer("scale", torch.ones(1))
+        self._mirror()
+        if fixed_range is not None:
+            self.set_range(torch.tensor(float(fixed_range[0])), torch.tensor(float(fixed_range[1])))
+            self.disable_observer()
+
+    @property
+    def calibrated(self) -> bool:
+        """True once a range is known."""
+        return bool(self.min_val <= self.max_val)
+
+    def _mirror(self) -> None:
+        """Copy the flags into plain attributes, so that forward does not read tensors (a wait on a GPU, a break in a graph)."""
+        self.ready = self.calibrated
+        self.observing = bool(self.observer_enabled) and not self.fixed
+        self.rounding = bool(self.fake_quant_enabled)
+
+    def enable_observer(self, enabled: bool = True) -> None:
+        """Follow the data in training mode, or stop."""
+        super().enable_observer(enabled and not self.fixed)
+        self._mirror()
+
+    def enable_fake_quant(self, enabled: bool = True) -> None:
+        """Round, or let pass."""
+        super().enable_fake_quant(enabled)
+        self._mirror()
+
+    def set_range(self, low: torch.Tensor, high: torch.Tensor) -> None:
+        """Represent [low, high] from now on.
+
+        Raises:
+            DataError: the range is not finite.
+        """
+        if not (bool(torch.isfinite(low)) and bool(torch.isfinite(high))):
+            raise DataError(f"calibrate: an activation ranges over [{float(low)}, {float(high)}]; finite data is needed")
+        self.min_val.copy_(low)
+        self.max_val.copy_(high)
+        self._set_scale()
+        self.ready = True
+
+    def _set_scale(self) -> None:
+        scale, zero_point = scale_and_zero_point(self.min_val, self.max_val, self.quant_min, self.quant_max, self.symmetric)
+        with torch.no_grad():
+            self.scale.copy_(scale.reshape(1))
+            self.zero_point.copy_(zero_point.reshape(1))
+
+    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        """Return scale and zero point, each of shape (1,)."""
+        return self.scale.detach(), self.zero_point
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Observe where asked, then round where asked; x of any shape, float."""
+        if self.calibrating:
+            self.observer.observe(x.detach())
+            return x
+        if self.training and self.observing:
+            return self._follow(x)
+        if not (self.ready and self.rounding):
+            return x
+        if self.learn:
+            return torch._fake_quantize_learnable_per_tensor_affine(
+                x,
+                self.scale.clamp(min=SMALLEST_SCALE),
+                self.zero_point.to(x.dtype),
+                self.quant_min,
+                self.quant_max,
+                (x.numel() * self.quant_max) ** -0.5,
+            )
+        return torch.fake_quantize_per_tensor_affine(x, self.scale[0], self.zero_point[0], self.quant_min, self.quant_max)
+
+    def _follow(self, x: torch.Tensor) -> torch.Tensor:
+        """One training step of the range, and the rounding on it."""
+        self.ready = True
+        if self.widening or self.learn:
+            low, high = torch.aminmax(x.detach())
+            self.min_val.copy_(torch.minimum(self.min_val, low))
+            self.max_val.copy_(torch.maximum(self.max_val, high))
+            self._set_scale()
+            if not self.rounding:
+                return x
+            return torch.fake_quantize_per_tensor_affine(
+                x, self.scale.detach()[0], self.zero_point[0], self.quant_min, self.quant_max
+            )
+        rounded: torch.Tensor = torch.fused_moving_avg_obs_fake_quant(
+            x,
+            self.observer_enabled,
+            self.fake_quant_enabled,
+            self.min_val,
+            self.max_val,
+            self.scale,
+            self.zero_point,
+            TRAINING_MOMENTUM,
+            self.quant_min,
+            self.quant_max,
+            -1,
+            False,
+            self.symmetric,
+        )
+        return rounded
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._mirror()
+
+    def extra_repr(self) -> str:
+        """Grid and range."""
+        return f"{self.quant_min}…{self.quant_max}, range [{float(self.min_val):.4g}, {float(self.max_val):.4g}]"
+
+
+class FixedQuantize(nn.Module):
+    """Rounds to a fixed integer grid; exports to QuantizeLinear and DequantizeLinear.
+
+    Args:
+        scale: float32, 0-d.
+        zero_point: integer, 0-d.
+        qmin: the smallest integer.
+        qmax: the largest.
+
+    Example:
+        >>> FixedQuantize(torch.tensor(0.5), torch.tensor(0), 0, 255)(torch.tensor([-1.0, 0.7, 1000.0]))
+        tensor([  0.0000,   0.5000, 127.5000])
+    """
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
+    def __init__(self, scale: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int) -> None:
+        super().__init__()
+        self.qmin, self.qmax = qmin, qmax
+        self.register_buffer("scale", scale.detach().to(torch.float32).reshape(()).clone())
+        self.register_buffer("zero_point", zero_point.detach().reshape(()).to(_storage(qmin, qmax)).clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the nearest representable values; x of any shape, float32."""
+        if torch.onnx.is_in_onnx_export():
+            return self._onnx(x)
+        zero_point = self.zero_point.to(torch.int32)
+        if torch.compiler.is_exporting():
+            scale, zero, q = float(self.scale), int(zero_point), torch.ops.quantized_decomposed
+            codes = q.quantize_per_tensor(x, scale, zero, self.qmin, self.qmax, self.zero_point.dtype)
+            return q.dequantize_per_tensor(codes, scale, zero, self.qmin, self.qmax, self.zero_point.dtype)
+        return torch.fake_quantize_per_tensor_affine(x, self.scale, zero_point, self.qmin, self.qmax)
+
+    def _onnx(self, x: torch.Tensor) -> torch.Tensor:
+        """The pair of ONNX operators itself, with `scale` and `zero_point` as its initializers."""
+        codes = torch.onnx.ops.symbolic(
+            "QuantizeLinear", [x, self.scale, self.zero_point], dtype=self.zero_point.dtype, shape=x.shape
+        )
+        return torch.onnx.ops.symbolic(
+            "DequantizeLinear", [codes, self.scale, self.zero_point], dtype=torch.float32, shape=x.shape
+        )
+
+    def codes(self, value: float) -> int:
+        """Return the integer that `value` rounds to."""
+        return int(self._codes(torch.tensor(value, dtype=torch.float32)))
+
+    def _codes(self, x: torch.Tensor) -> torch.Tensor:
+        return (torch.round(x / self.scale) + self.zero_point.to(torch.int32)).clamp(self.qmin, self.qmax)
+
+    def extra_repr(self) -> str:
+        """Grid, scale and zero point."""
+        return f"{self.qmin}…{self.qmax}, scale={float(self.scale):.4g}, zero_point={int(self.zero_point)}"
+
+
+def _storage(qmin: int, qmax: int) -> torch.dtype:
+    """The integer type whose whole range is [qmin, qmax], or that holds it."""
+    if qmin < 0:
+        return torch.int8 if qmax < 128 else torch.int16
+    return torch.uint8 if qmax < 256 else torch.uint16

@@ -1,0 +1,153 @@
+"""Put a model on integer grids: for training, or for calibration alone; the prepared form is the same.
+
+static        trace → fuse → place quantizers            weights and activations
+weight_only   swap layers in place, no tracing            weights alone, in any module
+float16       weights rounded to half precision at the end
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchopt.batches import Batch, model_inputs
+from torchopt.errors import ConfigError, DataError, ModelError, StateError
+from torchopt.progress import track
+from torchopt.quantize.activations import ActivationQuantizer
+from torchopt.quantize.config import Quantize
+from torchopt.quantize.fuse import fuse
+from torchopt.quantize.layers import fused
+from torchopt.quantize.modules import Fused
+from torchopt.quantize.placement import place
+from torchopt.quantize.targets import Target, target_named
+from torchopt.quantize.trace import trace
+from torchopt.surgery import get_module, set_module
+
+WEIGHTS_LATER = "_torchopt_weights_later"  # modules whose weights are snapped when baked, and not before
+
+
+def attach(
+    model: nn.Module, assignment: dict[str, Quantize], example_inputs: tuple[Any, ...] | None, *, target: str = "ort-x86"
+) -> nn.Module:
+    """Return `model` with fake quantizers; it is changed in place where it is not traced.
+
+    Args:
+        model: a network that may be changed.
+        assignment: what each module (by path) gets.
+        example_inputs: one call's positional arguments; needed for static quantization, which runs the traced model once.
+        target: the runtime.
+
+    Raises:
+        ConfigError: an unknown target, or a mode that is not there.
+        ModelError: the model cannot be traced, or takes other inputs.
+        StateError: example inputs are missing.
+    """
+    runtime = target_named(target)
+    static = {path: config for path, config in assignment.items() if config.mode == "static"}
+    for path, config in assignment.items():
+        if config.mode == "dynamic":
+            raise ConfigError(f"{path}: Quantize.mode='dynamic' is not available yet; use 'static' or 'weight_only'")
+        if config.mode != "static":
+            _weights_only(model, path, config, runtime)
+    return _static(model, static, example_inputs, runtime) if static else model
+
+
+def update(model: nn.Module, step: int) -> bool:
+    """After optimizer step `step`: pass the milestones that are due. True where something is quantized."""
+    parts = [m for m in model.modules() if isinstance(m, Fused | ActivationQuantizer)]
+    for part in parts:
+        milestones = part.config.milestones if isinstance(part, Fused) else getattr(part, "milestones", None)
+        if milestones is None:
+            continue
+        rounds, freezes, norms = milestones
+        if step == rounds:
+            part.enable_fake_quant()
+        if step == freezes and isinstance(part, ActivationQuantizer):
+            part.disable_observer()
+        if step == norms and isinstance(part, Fused) and part.bn is not None:
+            part.freeze_bn()
+    return bool(parts)
+
+
+def observes(model: nn.Module) -> bool:
+    """True where some activation quantizer chooses its range from data."""
+    return any(isinstance(m, ActivationQuantizer) and not m.fixed for m in model.modules())
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Iterable[Batch], *, progress: bool = True) -> None:
+    """Run data through the observers, in evaluation mode, and set the ranges that they chose, in place.
+
+    Raises:
+        StateError: nothing in the model observes data.
+        DataError: no batch, or an activation that is not finite.
+    """
+    quantizers = {name: m for name, m in model.named_modules() if isinstance(m, ActivationQuantizer) and not m.fixed}
+    if not quantizers:
+        raise StateError("calibrate: nothing in this model observes data; quantize with mode='static' in prepare")
+    training = model.training
+    model.eval()
+    for quantizer in quantizers.values():
+        quantizer.observer.reset()
+        quantizer.calibrating = True
+    count = 0
+    try:
+        for batch in track(batches, "calibrate", enabled=progress):
+            args, kwargs = model_inputs(model, batch)
+            if not all(bool(torch.isfinite(x).all()) for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()):
+                raise DataError(f"calibrate: batch {count} holds NaN or infinity; clean the data")
+            model(*args, **kwargs)
+            count += 1
+    finally:
+        for quantizer in quantizers.values():
+            quantizer.calibrating = False
+        model.train(training)
+    if count == 0:
+        raise DataError("calibrate: the loader gave no batch; give at least one")
+    for quantizer in quantizers.values():
+        quantizer.set_range(*quantizer.observer.range())
+
+
+def _static(
+    model: nn.Module, assignment: dict[str, Quantize], example_inputs: tuple[Any, ...] | None, runtime: Target
+) -> nn.Module:
+    if example_inputs is None:
+        raise StateError("prepare: static quantization traces the model; give example_inputs=(x,), one call's arguments")
+    traced = trace(model)
+    if len(fuse(traced, assignment, runtime)) == len(assignment):
+        raise ModelError(
+            f"quantize: none of {list(assignment)[:3]} is called as a layer of a known class; use mode='weight_only'"
+        )
+    place(traced, assignment, runtime)
+    traced.graph.eliminate_dead_code()
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    if next(iter(assignment.values())).milestones is not None:
+        for part in traced.modules():
+            if isinstance(part, Fused | ActivationQuantizer):
+                part.enable_fake_quant(False)
+    _try(traced, example_inputs)
+    return traced
+
+
+@torch.no_grad()
+def _try(traced: nn.Module, example_inputs: tuple[Any, ...]) -> None:
+    """One call in evaluation mode, before any quantizer has seen data: it must run."""
+    training = traced.training
+    try:
+        traced.eval()(*example_inputs)
+    except (RuntimeError, TypeError) as error:
+        raise ModelError(f"quantize: the traced model does not take the example inputs: {str(error).splitlines()[0]}") from error
+    traced.train(training)
+
+
+def _weights_only(model: nn.Module, path: str, config: Quantize, runtime: Target) -> None:
+    module = get_module(model, path)
+    layer = fused(module, config, runtime.weight_bits(config)) if config.mode == "weight_only" else None
+    if layer is not None and path:
+        set_module(model, path, layer)
+    else:
+        module.__dict__[WEIGHTS_LATER] = (config, runtime.weight_bits(config))

@@ -1,0 +1,100 @@
+"""From the prepared model to a plain one: batch norm folded, weights on their grid, ranges fixed, nothing of torch.ao left."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+
+from torchopt.errors import StateError
+from torchopt.grid import set_grid
+from torchopt.quantize.activations import ActivationQuantizer, FixedQuantize
+from torchopt.quantize.attach import WEIGHTS_LATER
+from torchopt.quantize.config import Quantize
+from torchopt.quantize.fuse import activation_of
+from torchopt.quantize.modules import Fused
+from torchopt.quantize.weight_grid import along, weight_scale
+from torchopt.surgery import set_module
+from torchopt.weights import weights
+
+
+def bake(model: nn.Module) -> nn.Module:
+    """Return a plain model: ordinary layers whose weights lie on their grids, and `FixedQuantize` between them.
+
+    Args:
+        model: what `attach` returned, masks and tables already baked; it is consumed.
+
+    Raises:
+        StateError: an activation quantizer has not seen data.
+    """
+    _check_calibrated(model)
+    if isinstance(model, fx.GraphModule):
+        _bake_activations(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Fused):
+            set_module(model, name, module.bake())
+        elif isinstance(module, ActivationQuantizer):
+            scale, zero_point = module.calculate_qparams()
+            fixed = FixedQuantize(scale, zero_point, module.quant_min, module.quant_max)
+            set_module(model, name, fixed)
+        elif WEIGHTS_LATER in module.__dict__:
+            _snap(module, *module.__dict__.pop(WEIGHTS_LATER))
+    if not isinstance(model, fx.GraphModule):
+        return model
+    model.graph.lint()
+    model.recompile()
+    plain = fx.GraphModule(model, model.graph, "Quantized")
+    return plain.train(model.training)
+
+
+def _check_calibrated(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, ActivationQuantizer) and not module.calibrated:
+            raise StateError(
+                f"finalize: {name} has not seen any data, so no range is known; train the prepared model, or call "
+                "torchopt.calibrate(model, batches) first"
+            )
+
+
+def _bake_activations(model: fx.GraphModule) -> None:
+    """Write the fused activations into the graph again, and drop those that the following rounding repeats."""
+    for node in list(model.graph.nodes):
+        module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, Fused) and module.act is not None:
+            if not _covered(model, node, module.act):
+                name = f"{node.target}_act".replace(".", "_")
+                model.add_module(name, module.act)
+                with model.graph.inserting_after(node):
+                    applied = model.graph.call_module(name, (node,))
+                node.replace_all_uses_with(applied, delete_user_cb=lambda user, applied=applied: user is not applied)
+        elif (activation := activation_of(model, node)) is not None and _covered(model, node, activation):
+            node.replace_all_uses_with(node.args[0])
+            model.graph.erase_node(node)
+
+
+def _covered(model: fx.GraphModule, node: fx.Node, activation: nn.Module) -> bool:
+    """True where every reader of a ReLU-like value rounds it to a grid that starts at 0 and ends by the activation's end."""
+    top = {nn.ReLU: float("inf"), nn.ReLU6: 6.0}.get(type(activation), getattr(activation, "max_val", float("inf")))
+    readers = [model.get_submodule(str(u.target)) if u.op == "call_module" else None for u in node.users]
+    return bool(readers) and all(isinstance(r, ActivationQuantizer) and _ends_by(r, top) for r in readers)
+
+
+def _ends_by(quantizer: ActivationQuantizer, top: float) -> bool:
+    scale, zero_point = (float(v) for v in quantizer.calculate_qparams())
+    return zero_point == quantizer.quant_min and scale * (quantizer.quant_max - zero_point) <= top
+
+
+@torch.no_grad()
+def _snap(module: nn.Module, config: Quantize, bits: int) -> None:
+    """Round the weights of a module that no quantized layer stands for (recurrent, attention, tied)."""
+    for weight in weights(module):
+        if weight.module is not module:
+            continue
+        value = weight.trainable
+        if config.mode == "float16":
+            value.copy_(value.half().float())
+            continue
+        axis = weight.out_axis if config.per_channel else None
+        scale = weight_scale(value, 2 ** (bits - 1) - 1, axis)
+        wide = along(scale, value.dim(), weight.out_axis)
+        value.copy_(torch.round(value / wide) * wide)
+        set_grid(module, weight.param, scale, bits, axis)

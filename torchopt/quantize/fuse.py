@@ -1,0 +1,112 @@
+"""Fuse what one integer kernel computes: layer, batch norm, activation become one training module.
+
+1. conv or linear, then a batch norm that nothing else reads        → bn inside the layer
+2. either of them, then ReLU, ReLU6 or a Hardtanh from 0             → activation inside the layer
+3. a batch norm that follows no layer (DenseNet's, after Concat)     → a 1×1 depthwise convolution of ones with that bn inside
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from torchopt.quantize.config import Quantize
+from torchopt.quantize.layers import FusedEmbedding, fused
+from torchopt.quantize.modules import Fused
+from torchopt.quantize.targets import Target
+from torchopt.surgery import set_module
+
+FUNCTIONS: dict[Any, type[nn.Module]] = {torch.relu: nn.ReLU, F.relu: nn.ReLU, F.relu6: nn.ReLU6, torch.relu_: nn.ReLU}
+METHODS = {"relu": nn.ReLU, "relu_": nn.ReLU}
+
+
+def fuse(traced: fx.GraphModule, assignment: dict[str, Quantize], target: Target) -> list[str]:
+    """Swap the assigned layers of a traced model for quantized ones, in place, with what they fuse with.
+
+    Returns:
+        Paths of assigned modules that the graph does not call as layers of a known class: they stay float.
+    """
+    left = []
+    calls = _calls(traced)
+    for path, config in assignment.items():
+        module = traced.get_submodule(path) if path in calls else None
+        layer = fused(module, config, target.weight_bits(config)) if module is not None else None
+        if layer is None or isinstance(layer, FusedEmbedding):
+            left.append(path)
+            continue
+        set_module(traced, path, layer)
+        if len(calls[path]) == 1:
+            _absorb(traced, calls[path][0], layer)
+    if assignment and not left:
+        _lone_norms(traced, next(iter(assignment.values())), target)
+    traced.graph.lint()
+    traced.recompile()
+    return left
+
+
+def activation_of(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """Return a ReLU-like module that computes what `node` does, or None."""
+    if node.op == "call_module":
+        module = traced.get_submodule(str(node.target))
+        if isinstance(module, nn.ReLU6 | nn.ReLU):
+            return type(module)()
+        if isinstance(module, nn.Hardtanh) and module.min_val == 0:
+            return nn.Hardtanh(0.0, module.max_val)
+    if node.op == "call_function" and node.target in FUNCTIONS:
+        return FUNCTIONS[node.target]()
+    if node.op == "call_method" and node.target in METHODS:
+        return METHODS[str(node.target)]()
+    return None
+
+
+def _calls(traced: fx.GraphModule) -> dict[str, list[fx.Node]]:
+    calls: dict[str, list[fx.Node]] = {}
+    for node in traced.graph.nodes:
+        if node.op == "call_module":
+            calls.setdefault(str(node.target), []).append(node)
+    return calls
+
+
+def _absorb(traced: fx.GraphModule, node: fx.Node, layer: Fused) -> None:
+    """Cases 1 and 2."""
+    norm = _only_user(node)
+    if norm is not None and norm.op == "call_module" and layer.bn is None:
+        module = traced.get_submodule(str(norm.target))
+        once = len(_calls(traced)[str(norm.target)]) == 1
+        if isinstance(module, _BatchNorm) and once and module.track_running_stats:
+            layer.bn = module
+            _merge(traced, node, norm)
+    follower = _only_user(node)
+    activation = activation_of(traced, follower) if follower is not None else None
+    if activation is not None and follower is not None:
+        layer.act = activation
+        _merge(traced, node, follower)
+
+
+def _lone_norms(traced: fx.GraphModule, config: Quantize, target: Target) -> None:
+    """Case 3: ORT has no integer batch norm, but integer depthwise convolutions."""
+    for path, nodes in _calls(traced).items():
+        norm = traced.get_submodule(path)
+        if not isinstance(norm, nn.BatchNorm2d) or not norm.track_running_stats or len(nodes) > 1:
+            continue
+        ones = nn.Conv2d(norm.num_features, norm.num_features, 1, groups=norm.num_features, bias=False)
+        nn.init.ones_(ones.weight)
+        ones.weight.requires_grad_(False)
+        layer = fused(ones, config, target.weight_bits(config))
+        assert layer is not None
+        layer.bn = norm
+        set_module(traced, path, layer)
+        _absorb(traced, nodes[0], layer)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _merge(traced: fx.GraphModule, node: fx.Node, absorbed: fx.Node) -> None:
+    absorbed.replace_all_uses_with(node)
+    traced.graph.erase_node(absorbed)

@@ -1,0 +1,102 @@
+"""The quantized layers themselves: which float layer each stands for, and how it computes on given weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from torchopt.quantize.config import Quantize
+from torchopt.quantize.modules import Fused
+
+
+class FusedLinear(Fused, nn.Linear):
+    """A linear layer on an integer weight grid."""
+
+    def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x @ weight.T + bias."""
+        return F.linear(x, weight, bias)
+
+
+class _Convolution(Fused):
+    """Convolutions of every rank share the padding logic of torch's own `_conv_forward`."""
+
+    def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The convolution."""
+        return self._conv_forward(x, weight, bias)  # type: ignore[operator, no-any-return]
+
+
+class FusedConv1d(_Convolution, nn.Conv1d):
+    """A 1-d convolution on an integer weight grid."""
+
+
+class FusedConv2d(_Convolution, nn.Conv2d):
+    """A 2-d convolution on an integer weight grid."""
+
+
+class FusedConv3d(_Convolution, nn.Conv3d):
+    """A 3-d convolution on an integer weight grid."""
+
+
+class _Transposed(Fused):
+    """Transposed convolutions; `output_size` is not taken."""
+
+    functional: Any
+
+    def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The transposed convolution."""
+        m: Any = self
+        return type(self).functional(x, weight, bias, m.stride, m.padding, m.output_padding, m.groups, m.dilation)  # type: ignore[no-any-return]
+
+
+class FusedConvTranspose1d(_Transposed, nn.ConvTranspose1d):
+    """A transposed 1-d convolution on an integer weight grid."""
+
+    functional = staticmethod(F.conv_transpose1d)
+
+
+class FusedConvTranspose2d(_Transposed, nn.ConvTranspose2d):
+    """A transposed 2-d convolution on an integer weight grid."""
+
+    functional = staticmethod(F.conv_transpose2d)
+
+
+class FusedConvTranspose3d(_Transposed, nn.ConvTranspose3d):
+    """A transposed 3-d convolution on an integer weight grid."""
+
+    functional = staticmethod(F.conv_transpose3d)
+
+
+class FusedEmbedding(Fused, nn.Embedding):
+    """An embedding on an integer weight grid, one scale a row."""
+
+    bias = None  # type: ignore[assignment]
+
+    def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The rows that `x` names."""
+        return F.embedding(x, weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse)
+
+
+FUSED: dict[type[nn.Module], type[Fused]] = {
+    nn.Linear: FusedLinear,
+    nn.Conv1d: FusedConv1d,
+    nn.Conv2d: FusedConv2d,
+    nn.Conv3d: FusedConv3d,
+    nn.ConvTranspose1d: FusedConvTranspose1d,
+    nn.ConvTranspose2d: FusedConvTranspose2d,
+    nn.ConvTranspose3d: FusedConvTranspose3d,
+    nn.Embedding: FusedEmbedding,
+}
+
+
+def fused(layer: nn.Module, config: Quantize, bits: int) -> Fused | None:
+    """Return the quantized layer that takes over `layer`'s parameters, or None where there is none of its class.
+
+    Example:
+        >>> type(fused(nn.Conv2d(1, 4, 3), Quantize(), 8)).__name__
+        'FusedConv2d'
+    """
+    cls = FUSED.get(type(layer))
+    return None if cls is None else cls.of(layer, config, bits)

@@ -1,0 +1,188 @@
+"""Layers that train on an integer weight grid: convolutions and linear layers, with batch norm and activation fused in.
+
+Since the weight grid is symmetric per output channel, rounding the weight before batch norm equals rounding the folded weight:
+
+    fold:  y = act(conv(x, ŵ·γ/σ) + β − μ·γ/σ)  =  act(bn(conv(x, ŵ)))        s' = s·|γ|/σ,  q' = sign(γ)·q
+
+so training runs act(bn(conv(x, ŵ))), with neither the scaling of the weight by γ/σ nor the division back that the classical scheme
+(Jacob et al. 2018, arXiv:1712.05877, §3.2; torch.ao's ConvBn2d) pays for. Evaluation runs the folded form, bit for bit what
+`bake` leaves. Each layer is an `nn.Conv*` / `nn.Linear` whose `weight` is the plain Parameter, so that masks and tables stand on it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from torchopt.errors import ModelError
+from torchopt.grid import set_grid
+from torchopt.quantize.config import Quantize
+from torchopt.quantize.weight_grid import (
+    SMALLEST_SCALE,
+    Codes,
+    Snap,
+    along,
+    looks_shared,
+    lsq,
+    lsq_start,
+    stands_on_table,
+    weight_scale,
+)
+from torchopt.surgery import batch_norm_affine
+
+
+class Fused(nn.Module):
+    """What the quantized layers share; mixed in before `nn.Conv2d` and its kin.
+
+    Attributes:
+        config: the `Quantize` of this layer.
+        bits: bits of the weight grid, which a target may lower.
+        bn: the batch norm fused in, or None.
+        act: the activation fused in, or None.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    config: Quantize
+    bits: int
+    bn: nn.Module | None
+    act: nn.Module | None
+    rounding: bool
+    fake_quant_enabled: torch.Tensor
+    bn_frozen: torch.Tensor
+
+    @classmethod
+    def of(cls, layer: nn.Module, config: Quantize, bits: int) -> Fused:
+        """Return a quantized layer that takes over the parameters of a float one.
+
+        Example:
+            >>> layer = nn.Linear(4, 2)
+            >>> quantized = FusedLinear.of(layer, Quantize(), 8)
+            >>> quantized.weight is layer.weight
+            True
+        """
+        quantized = cls.__new__(cls)
+        quantized.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in layer.__dict__.items()})
+        quantized._start(config, bits)
+        return quantized
+
+    def _start(self, config: Quantize, bits: int) -> None:
+        self.config, self.bits, self.rounding = config, bits, True
+        self._modules.update(bn=None, act=None)
+        device = self.weight.device
+        self.register_buffer("fake_quant_enabled", torch.ones(1, dtype=torch.uint8, device=device))
+        self.register_buffer("bn_frozen", torch.zeros(1, dtype=torch.uint8, device=device))
+        self.frozen = False
+        if config.learn_scale:
+            start = lsq_start(self.weight, self.qmax, self.out_axis if config.per_channel else None)
+            self.weight_scale = nn.Parameter(start)
+
+    @property
+    def qmax(self) -> int:
+        """The largest integer of the weight grid."""
+        return int(2 ** (self.bits - 1) - 1)
+
+    @property
+    def out_axis(self) -> int:
+        """The axis of the output channels."""
+        return 1 if isinstance(self, _ConvTransposeNd) else 0
+
+    def enable_fake_quant(self, enabled: bool = True) -> None:
+        """Round the weight, or use it as it is."""
+        self.fake_quant_enabled.fill_(enabled)
+        self.rounding = enabled
+
+    def scale(self, w: torch.Tensor) -> torch.Tensor:
+        """Return the scale of the weight's grid before batch norm: shape (channels,), or () when per tensor."""
+        if self.config.learn_scale:
+            return self.weight_scale.abs().clamp(min=SMALLEST_SCALE)
+        if not self.config.per_channel or stands_on_table(self, "weight") or looks_shared(self, w):
+            return weight_scale(w, self.qmax, None)
+        return weight_scale(w, self.qmax, self.out_axis)
+
+    def fake_quantized(self, w: torch.Tensor) -> torch.Tensor:
+        """Return the weight on its grid, as training uses it."""
+        scale = self.scale(w)
+        wide = along(scale, w.dim(), self.out_axis)
+        if self.config.learn_scale:
+            return lsq(w, wide, self.qmax)
+        return cast(torch.Tensor, Snap.apply(w, wide, self.qmax, False))
+
+    def folded(self, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Return weight, bias and scale with batch norm folded in: ŵ = s'·q bit for bit.
+
+        Returns:
+            `(ŵ, b', s')`; s' has shape (channels,), or () when per tensor without batch norm.
+        """
+        scale = self.scale(w)
+        q = Codes.apply(w, along(scale, w.dim(), self.out_axis), self.qmax)
+        bias = self.bias
+        if self.bn is not None:
+            factor, shift = batch_norm_affine(self.bn)  # type: ignore[arg-type]
+            bias = shift if bias is None else bias * factor + shift
+            scale = scale * factor
+            q = q * along(torch.where(scale < 0, -1.0, 1.0), w.dim(), self.out_axis)
+            scale = scale.abs().clamp(min=SMALLEST_SCALE)
+        return q * along(scale, w.dim(), self.out_axis), bias, scale
+
+    def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The layer itself, on given weights."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        """Return act(bn(layer(x))); x as the float layer takes it."""
+        if args:
+            raise ModelError(f"{type(self).__name__}: takes one input, got {1 + len(args)}; leave the layer out of quantization")
+        w = self.weight
+        if self.training or not self.rounding or not self.bn_is_fixed:
+            y = self.compute(x, self.fake_quantized(w) if self.rounding else w, self.bias)
+            y = y if self.bn is None else self.bn(y)
+        else:
+            weight, bias, _ = self.folded(w)
+            y = self.compute(x, weight, bias)
+        return y if self.act is None else self.act(y)
+
+    @property
+    def bn_is_fixed(self) -> bool:
+        """True where batch norm uses its running statistics."""
+        return self.bn is None or not self.bn.training
+
+    def bake(self) -> nn.Module:
+        """Return the plain layer with folded weights on their grid."""
+        weight, bias, scale = self.folded(self.weight.detach())
+        plain = self.plain()
+        plain.weight = nn.Parameter(weight.detach().clone())  # type: ignore[assignment]
+        if bias is not None:
+            plain.bias = nn.Parameter(bias.detach().clone())  # type: ignore[assignment]
+        set_grid(plain, "weight", scale, self.bits, None if scale.dim() == 0 else self.out_axis)
+        return plain
+
+    def plain(self) -> nn.Module:
+        """Return the float layer that this one was made of, with its attributes and without anything of ours."""
+        base = next(c for c in type(self).__mro__ if c.__module__.startswith("torch.nn."))
+        plain = cast(nn.Module, base.__new__(base))
+        ours = {"config", "bits", "rounding", "frozen", "_shares"}
+        plain.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in self.__dict__.items() if k not in ours})
+        plain.__dict__.update(_buffers={}, _modules={}, _parameters=dict.fromkeys(("weight", "bias")))
+        return plain
+
+    def freeze_bn(self) -> None:
+        """Use batch norm's running statistics from now on, in training too."""
+        self.bn_frozen.fill_(1)
+        self.frozen = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Fused:
+        """Set the mode; a frozen batch norm stays in evaluation."""
+        super().train(mode)
+        if self.frozen and self.bn is not None:
+            self.bn.eval()
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.rounding, self.frozen = bool(self.fake_quant_enabled), bool(self.bn_frozen)
+        self.train(self.training)

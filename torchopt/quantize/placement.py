@@ -1,0 +1,183 @@
+"""Where activations are rounded, so that ONNX Runtime fuses everything between two roundings to one integer kernel.
+
+ORT fuses DequantizeLinear → op → QuantizeLinear. So the inputs and the output of each integer operation are rounded:
+
+    layer       its input, its output (after batch norm and activation); a last linear layer gives float logits
+    change      sums, products, means, pools, activations: every input, and the output on a grid of its own
+    share       max pools, reshapes, concatenations, slices: the output lies on the grid of the inputs, one quantizer for all
+
+An operation other than a layer is integer only if all its inputs come from integer operations. A value that only a ReLU reads is not
+rounded: the ReLU's output is.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from torchopt.quantize.activations import ActivationQuantizer
+from torchopt.quantize.config import Quantize
+from torchopt.quantize.fuse import activation_of
+from torchopt.quantize.layers import FusedLinear
+from torchopt.quantize.modules import Fused
+from torchopt.quantize.targets import Target
+
+SHARE_MODULES = (
+    nn.MaxPool1d,
+    nn.MaxPool2d,
+    nn.MaxPool3d,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.PixelShuffle,
+    nn.ChannelShuffle,
+    nn.ZeroPad2d,
+)
+SHARE_FUNCTIONS = {
+    torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.cat, torch.concat,
+    torch.chunk, torch.split, torch.unbind, operator.getitem, F.max_pool1d, F.max_pool2d, F.max_pool3d, F.pixel_shuffle,
+}  # fmt: skip
+SHARE_METHODS = {
+    "flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "chunk", "split", "unbind", "contiguous",
+}  # fmt: skip
+TUPLES = {torch.chunk, torch.split, torch.unbind, "chunk", "split", "unbind"}
+PASS_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity)
+PASS_FUNCTIONS = {F.dropout, F.dropout2d}
+UNIT = (nn.Sigmoid, nn.Hardsigmoid, torch.sigmoid, F.sigmoid, F.hardsigmoid, "sigmoid")
+CHANGE_MODULES = (
+    nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU,
+    nn.Sigmoid, nn.Hardsigmoid, nn.Hardswish, nn.SiLU,
+)  # fmt: skip
+CHANGE_FUNCTIONS = {
+    operator.add, operator.iadd, torch.add, operator.mul, operator.imul, torch.mul, torch.mean, torch.relu, F.relu, F.relu6,
+    F.hardswish, F.hardsigmoid, F.silu, torch.sigmoid, F.sigmoid, F.leaky_relu, F.avg_pool2d, F.adaptive_avg_pool2d,
+    F.adaptive_avg_pool1d,
+}  # fmt: skip
+CHANGE_METHODS = {"add", "add_", "mul", "mul_", "mean", "relu", "relu_", "sigmoid"}
+
+
+def place(traced: fx.GraphModule, assignment: dict[str, Quantize], target: Target) -> None:
+    """Insert `ActivationQuantizer` modules into a traced and fused model, in place."""
+    kinds = {node: _kind(traced, node) for node in traced.graph.nodes}
+    integer = _integer(kinds)
+    groups = _Groups()
+    for node in integer:
+        if kinds[node] in ("share", "pass"):
+            for source in _tensors(node):
+                groups.join(node, source)
+    made: dict[fx.Node, str] = {}
+    fallback = next(iter(assignment.values()))
+    for node in list(traced.graph.nodes):
+        users = _users_to_round(traced, node, kinds, integer)
+        if not users:
+            continue
+        root = groups.root(node)
+        if root not in made:
+            made[root] = f"quantizer_{len(made)}"
+            config = _config(traced, node, users) or fallback
+            traced.add_module(made[root], _quantizer(traced, node, config, target))
+        with traced.graph.inserting_after(node):
+            rounded = traced.graph.call_module(made[root], (node,))
+        for user in users:
+            user.replace_input_with(node, rounded)
+    traced.graph.lint()
+    traced.recompile()
+
+
+def _kind(traced: fx.GraphModule, node: fx.Node) -> str:
+    """ "layer", "change", "share", "pass", or "" for what stays float."""
+    if node.op == "call_module":
+        module = traced.get_submodule(str(node.target))
+        for kind, classes in (("layer", Fused), ("share", SHARE_MODULES), ("pass", PASS_MODULES), ("change", CHANGE_MODULES)):
+            if isinstance(module, classes):
+                return kind
+    if node.op == "call_function":
+        if node.target in PASS_FUNCTIONS:
+            return "pass"
+        return "share" if node.target in SHARE_FUNCTIONS else "change" if node.target in CHANGE_FUNCTIONS else ""
+    if node.op == "call_method":
+        return "share" if node.target in SHARE_METHODS else "change" if node.target in CHANGE_METHODS else ""
+    return ""
+
+
+def _tensors(node: fx.Node) -> list[fx.Node]:
+    """The nodes that `node` takes its values from: the elements of a concatenation, else positional arguments."""
+    first = node.args[0] if node.args else None
+    if isinstance(first, list | tuple):
+        return [a for a in first if isinstance(a, fx.Node)]
+    operands = node.args[:2] if node.target in CHANGE_FUNCTIONS or node.target in CHANGE_METHODS else node.args[:1]
+    return [a for a in operands if isinstance(a, fx.Node)]
+
+
+def _integer(kinds: dict[fx.Node, str]) -> set[fx.Node]:
+    """The operations that run on integers: layers, and others all of whose inputs come from integer operations."""
+    found: set[fx.Node] = set()
+    for node, kind in kinds.items():
+        sources = _tensors(node)
+        if kind == "layer" or (kind and sources and all(source in found for source in sources)):
+            found.add(node)
+    return found
+
+
+def _users_to_round(traced: fx.GraphModule, node: fx.Node, kinds: dict[fx.Node, str], integer: set[fx.Node]) -> list[fx.Node]:
+    """Who must read the value of `node` rounded: everybody where an integer operation made it, else the integer ones."""
+    users = list(node.users)
+    if node.op == "output" or not users:
+        return []
+    if node not in integer:
+        return [u for u in users if u in integer and kinds[u] in ("layer", "change") and node in _tensors(u)]
+    if kinds[node] == "pass" or node.target in TUPLES:
+        return []
+    if len(users) == 1 and kinds[node] != "share" and activation_of(traced, users[0]) is not None:
+        return []
+    is_linear = node.op == "call_module" and isinstance(traced.get_submodule(str(node.target)), FusedLinear)
+    if is_linear and not any(u in integer for u in users):
+        return []
+    return users
+
+
+def _config(traced: fx.GraphModule, node: fx.Node, users: list[fx.Node]) -> Quantize | None:
+    """The configuration of the layer that makes the value, or of one that reads it."""
+    for candidate in (node, *users):
+        if candidate.op == "call_module":
+            module = traced.get_submodule(str(candidate.target))
+            if isinstance(module, Fused):
+                return module.config
+    return None
+
+
+def _quantizer(traced: fx.GraphModule, node: fx.Node, config: Quantize, target: Target) -> ActivationQuantizer:
+    qmin, qmax = target.activation_range(config.activation_bits)
+    made_by: Any = type(traced.get_submodule(str(node.target))) if node.op == "call_module" else node.target
+    quantizer = ActivationQuantizer(
+        quant_min=qmin,
+        quant_max=qmax,
+        symmetric=False,
+        observer=config.observer,
+        fixed_range=(0.0, 1.0) if made_by in UNIT else None,
+        learn=config.learn_scale,
+    )
+    quantizer.milestones = config.milestones  # type: ignore[assignment]
+    return quantizer
+
+
+class _Groups:
+    """Disjoint sets of nodes whose values share one grid."""
+
+    def __init__(self) -> None:
+        self.parent: dict[fx.Node, fx.Node] = {}
+
+    def root(self, node: fx.Node) -> fx.Node:
+        """The representative of a node's set."""
+        while node in self.parent:
+            node = self.parent[node]
+        return node
+
+    def join(self, one: fx.Node, other: fx.Node) -> None:
+        """Put the sets of two nodes together."""
+        first, second = self.root(one), self.root(other)
+        if first is not second:
+            self.parent[first] = second

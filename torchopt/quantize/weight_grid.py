@@ -1,0 +1,137 @@
+"""The integer grid of a weight: its scale, and the rounding that training sees.
+
+    ŵ = s · q        q = clamp(round(w / s), −Q, Q)        Q = 2^(b−1) − 1        s = max|w| / Q   per output channel or per tensor
+
+The grid is symmetric without −2^(b−1), so that −q is on it too: a negative batch-norm factor only flips the signs of the integers.
+Where the scale follows the largest weight nothing is clipped, and the straight-through gradient is the identity.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+SMALLEST_SCALE = 2.0**-60  # a channel of zeros still divides
+
+
+def weight_scale(w: torch.Tensor, qmax: int, axis: int | None) -> torch.Tensor:
+    """Return the scale at which the largest |w| becomes `qmax`.
+
+    Args:
+        w: the weight.
+        qmax: the largest integer.
+        axis: the axis of the output channels, or None for one scale.
+
+    Returns:
+        float32, shape (channels,), or () with `axis=None`.
+
+    Example:
+        >>> weight_scale(torch.tensor([[1.0, -2.0], [0.5, 0.25]]), 2, 0).tolist()
+        [1.0, 0.25]
+    """
+    w = w.detach()
+    if axis is None:
+        peak = torch.maximum(w.amax(), -w.amin())
+    else:
+        rows = w if axis == 0 else w.transpose(0, axis)
+        rows = rows.flatten(1) if rows.dim() > 1 else rows[:, None]
+        peak = torch.maximum(rows.amax(1), -rows.amin(1))
+    return (peak / qmax).clamp(min=SMALLEST_SCALE)
+
+
+def along(scale: torch.Tensor, rank: int, axis: int) -> torch.Tensor:
+    """Return a scale of shape (channels,) or () in a shape that multiplies a weight of `rank` dimensions."""
+    if scale.dim() == 0:
+        return scale
+    shape = [1] * rank
+    shape[axis] = -1
+    return scale.reshape(shape)
+
+
+class Snap(torch.autograd.Function):
+    """ŵ = s·clamp(round(w/s), −Q, Q); the gradient passes where |w| ≤ s·Q."""
+
+    @staticmethod
+    def forward(ctx: Any, w: torch.Tensor, scale: torch.Tensor, qmax: int, clips: bool) -> torch.Tensor:
+        """Return the snapped weight; `scale` broadcasts; `clips` says that weights may lie outside."""
+        q = torch.div(w, scale).round_()
+        ctx.clips = clips
+        if clips:
+            ctx.save_for_backward(q.abs() <= qmax)
+            q.clamp_(-qmax, qmax)
+        return q.mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+        """Straight through."""
+        if ctx.clips:
+            (inside,) = ctx.saved_tensors
+            gradient = gradient * inside
+        return gradient, None, None, None
+
+
+class Codes(torch.autograd.Function):
+    """q = clamp(round(w/s), −Q, Q); the gradient is that of w/s inside the grid."""
+
+    @staticmethod
+    def forward(ctx: Any, w: torch.Tensor, scale: torch.Tensor, qmax: int) -> torch.Tensor:
+        """Return float integers."""
+        q = torch.div(w, scale).round_()
+        ctx.save_for_backward(scale, q.abs() <= qmax)
+        return q.clamp_(-qmax, qmax)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+        """Straight through."""
+        scale, inside = ctx.saved_tensors
+        return gradient / scale * inside, None, None
+
+
+def stands_on_table(module: nn.Module, param: str) -> bool:
+    """True where one table of shared values for the whole tensor stands on `module.<param>`, masked or not.
+
+    A table per output channel has more than one row, and leaves the scale free to be per channel.
+    """
+    for name in (param, f"{param}_orig"):
+        if parametrize.is_parametrized(module, name):
+            for step in module.parametrizations[name]:  # type: ignore[index, union-attr]
+                table = getattr(step, "table", None)
+                if isinstance(table, torch.Tensor) and (table.dim() < 2 or table.shape[0] == 1):
+                    return True
+    return False
+
+
+def looks_shared(module: nn.Module, w: torch.Tensor) -> bool:
+    """True where a tensor has few distinct values, each used 8 times on average: a baked table, found once per module.
+
+    Under a trainable table the answer is in `stands_on_table`; a plain trainable weight moves, and is looked at once.
+    """
+    known = module.__dict__.get("_shares")
+    if known is None:
+        used = w.detach().flatten()
+        used = used[used != 0]
+        few = 256
+        probe = used[: 16 * few].unique()
+        count = probe.numel() if probe.numel() > few else used.unique().numel()
+        known = 1 < count <= few and used.numel() >= 8 * count
+        module.__dict__["_shares"] = known
+    return bool(known)
+
+
+def lsq_start(w: torch.Tensor, qmax: int, axis: int | None) -> torch.Tensor:
+    """Return where a learned step starts: 2·mean|w| / √Q (Esser et al. 2020, arXiv:1902.08153, §2.1), per channel or ()."""
+    w = w.detach().abs()
+    if axis is None:
+        return (2 * w.mean() / qmax**0.5).clamp(min=SMALLEST_SCALE)
+    return (2 * w.transpose(0, axis).flatten(1).mean(1) / qmax**0.5).clamp(min=SMALLEST_SCALE)
+
+
+def lsq(w: torch.Tensor, scale: torch.Tensor, qmax: int) -> torch.Tensor:
+    """Snap a weight to a grid whose step is trained; the step's gradient is scaled by 1/√(N·Q), N weights a step."""
+    damping = (w.numel() / scale.numel() * qmax) ** -0.5
+    step = scale * damping + (scale - scale * damping).detach()
+    ratio = (w / step).clamp(-qmax, qmax)
+    return (ratio + (ratio.round() - ratio).detach()) * step
