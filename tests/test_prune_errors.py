@@ -195,7 +195,7 @@ def test_public_verbs_refuse_frozen_and_missing_parameters_and_leave_the_model_u
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(RuleError, match=r"matches no module that owns a weight"):
         torchopt.prepare(model, [torchopt.Rule("2", prune=Prune(schedule=0.5))])
-    with pytest.raises(RuleError, match=r"no module has a parameter \['kernel'\]"):
+    with pytest.raises(RuleError, match=r"rule 1 .*: no module has a parameter 'kernel'"):
         torchopt.prepare(model, [torchopt.Rule("*", params=["kernel"], prune=Prune(schedule=0.5)), torchopt.Rule("0")])
     model[0].weight.requires_grad_(False)
     with pytest.raises(RuleError, match=r"0\.weight is frozen"):

@@ -96,7 +96,7 @@ def assign(model: nn.Module, rules: Sequence[Rule]) -> list[Assigned]:
     rules = _checked(rules)
     candidates = _candidates(model, rules)
     for number, rule in enumerate(rules):
-        if not any(rule.covers(w) for w in candidates):
+        if not any(rule.covers(w) for w in candidates) or not all(_owners(model, param) for param in rule.params):
             raise RuleError(_nothing_matched(model, number, rule, candidates))
     chosen = ((w, next((r for r in rules if r.covers(w)), None)) for w in candidates)
     return [Assigned(weight=w, rule=r) for w, r in chosen if r is not None]
@@ -134,9 +134,10 @@ def _owners(model: nn.Module, param: str) -> list[str]:
 
 def _nothing_matched(model: nn.Module, number: int, rule: Rule, candidates: Sequence[Weight]) -> str:
     where = f"rule {number + 1} (match={rule.match!r})"
-    if rule.params and not any(_owners(model, p) for p in rule.params):
+    missing = [param for param in rule.params if not _owners(model, param)]
+    if missing:
         params = sorted({name.rpartition(".")[2] for name, _ in model.named_parameters()})
-        return f"{where}: no module has a parameter {list(rule.params)}{nearest(rule.params[0], params)}"
+        return f"{where}: no module has a parameter {missing[0]!r}{nearest(missing[0], params)}"
     names = sorted({w.module_name for w in candidates} | {w.name for w in candidates})
     if not names:
         return f"{where}: the model has no weights that torchopt compresses; name a custom module's parameter with params=[...]"

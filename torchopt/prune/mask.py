@@ -103,6 +103,11 @@ class Mask(BasePruningMethod):
         module_name = self.weight_name.removesuffix(self._tensor_name).removesuffix(".")
         return Weight(module_name=module_name, module=module, param=self._tensor_name, kind=self.kind, out_axis=self.out_axis)
 
+    def leaf(self, module: nn.Module) -> nn.Parameter:
+        """Return the Parameter that the optimizer sees, also under a table."""
+        own = module._parameters.get(f"{self._tensor_name}_orig")
+        return own if own is not None else self.weight(module).trainable
+
     def gathered(self, module: nn.Module) -> torch.Tensor | None:
         """Return the data that the score has gathered, or None where it needs none."""
         name = gathered_name(self._tensor_name, self.config)

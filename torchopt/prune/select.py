@@ -5,7 +5,7 @@
 The threshold t, the keep-th largest score, is found without a sort, after Floyd and Rivest, "Expected time bounds for
 selection" (1975): a strided sample brackets t between two values, one pass counts what lies above the bracket, and only the few
 scores inside are partitioned. Scores are looked at in chunks that stay in cache, so nothing of the size of the model is
-allocated.
+allocated, and by NumPy on one core: passes this short lose more by waiting for a second one, on a busy machine, than they gain.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from torchopt.errors import ModelError
 
-CHUNK = 1 << 18  # 1 MB of float32: stays in a core's L2 cache
+CHUNK = 1 << 17  # 512 kB of float32: stays in a core's L2 cache
 SAMPLE = 1 << 15
 SMALL = 1 << 16  # below this, partitioning everything is as fast
 
@@ -43,18 +44,23 @@ class Scores:
         """How many units there are."""
         return self.values.numel()
 
-    def chunks(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (start, scores of one chunk); the tensor is overwritten by the next chunk."""
-        flat = self.values.reshape(-1)
-        scratch = torch.empty(min(CHUNK, flat.numel()), dtype=flat.dtype, device=flat.device) if self.absolute else flat
-        for start in range(0, flat.numel(), CHUNK):
-            chunk = flat[start : start + CHUNK]
-            yield start, torch.abs(chunk, out=scratch[: chunk.numel()]) if self.absolute else chunk
+    @cached_property
+    def flat(self) -> np.ndarray:
+        """The values as one row in host memory; bfloat16 and float16 are widened, which keeps their order."""
+        values = self.values.detach().reshape(-1)
+        wide = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+        return wide.cpu().numpy()
 
-    def strided(self, stride: int) -> torch.Tensor:
+    def chunks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (start, scores of one chunk); the array is overwritten by the next chunk."""
+        scratch = np.empty(min(CHUNK, self.flat.size), dtype=self.flat.dtype) if self.absolute else self.flat
+        for start in range(0, self.flat.size, CHUNK):
+            chunk = self.flat[start : start + CHUNK]
+            yield start, np.abs(chunk, out=scratch[: chunk.size]) if self.absolute else chunk
+
+    def strided(self, stride: int) -> np.ndarray:
         """Return each `stride`-th score."""
-        sample = self.values.reshape(-1)[::stride]
-        return sample.abs() if self.absolute else sample
+        return np.abs(self.flat[::stride]) if self.absolute else self.flat[::stride]
 
 
 def keep_largest(scores: Sequence[Scores], keep: int, *, floors: Sequence[int] | None = None) -> list[torch.Tensor]:
@@ -86,6 +92,8 @@ def keep_largest(scores: Sequence[Scores], keep: int, *, floors: Sequence[int] |
 def _shares(scores: Sequence[Scores], keep: int, least: list[int]) -> tuple[list[int], dict[int, float]]:
     """Divide `keep` among the tensors: by one common threshold, where that leaves each its least; else the least, and again."""
     shares, common, threshold = list(least), set(range(len(scores))), {}
+    if len(scores) == 1:
+        return [keep], {}
     while common:
         indices = sorted(common)
         budget = keep - sum(least[i] for i in range(len(scores)) if i not in common)
@@ -124,18 +132,22 @@ def kth_largest(scores: Sequence[Scores], k: int) -> float:
         7.0
     """
     total = sum(entry.count for entry in scores)
-    bracket = _bracket(scores, k, total) if total > SMALL else None
-    if bracket is not None:
-        above, inside = _scan(scores, *bracket)
-        if above < k <= above + inside.size:
-            return _partition(inside, k - above)
-    return _partition(np.concatenate([_numpy(chunk.clone()) for entry in scores for _, chunk in entry.chunks()]), k)
+    if total > SMALL:
+        low, high = _bracket(scores, k, total)
+        above, at_high, between, at_low = _scan(scores, low, high)
+        if above < k <= above + at_high:
+            return high
+        if above + at_high < k <= above + at_high + between.size:
+            return _partition(between, k - above - at_high)
+        if above + at_high + between.size < k <= above + at_high + between.size + at_low:
+            return low
+    return _partition(np.concatenate([entry.strided(1) for entry in scores]), k)
 
 
 def _bracket(scores: Sequence[Scores], k: int, total: int) -> tuple[float, float]:
     """Return two values between which the k-th largest almost surely lies: 5 standard deviations of its rank in the sample."""
     stride = max(1, total // SAMPLE)
-    sample = np.sort(np.concatenate([_numpy(entry.strided(stride)) for entry in scores]))
+    sample = np.sort(np.concatenate([entry.strided(stride) for entry in scores]))
     share = k / total
     middle = (1.0 - share) * sample.size
     margin = 5.0 * math.sqrt(sample.size * share * (1.0 - share)) + len(scores) + 1
@@ -146,15 +158,20 @@ def _bracket(scores: Sequence[Scores], k: int, total: int) -> tuple[float, float
     )
 
 
-def _scan(scores: Sequence[Scores], low: float, high: float) -> tuple[int, np.ndarray]:
-    """Count the scores above `high` and collect those in [low, high]."""
-    above, inside = 0, []
+def _scan(scores: Sequence[Scores], low: float, high: float) -> tuple[int, int, np.ndarray, int]:
+    """Count the scores above, at the top and at the bottom of a bracket, and collect those between.
+
+    The ends are counted apart because many scores may equal them: after a mask, four fifths of all weights are exactly 0.
+    """
+    above = at_high = at_low = 0
+    between = []
     for entry in scores:
         for _, chunk in entry.chunks():
-            beyond = chunk > high
-            above += int(torch.count_nonzero(beyond))
-            inside.append(_numpy(chunk[(chunk >= low) ^ beyond]))
-    return above, np.concatenate(inside)
+            over_low, over_high = chunk > low, np.count_nonzero(chunk > high)
+            above, at_high = above + over_high, at_high + np.count_nonzero(chunk >= high) - over_high
+            at_low += np.count_nonzero(chunk == low)
+            between.append(chunk[np.logical_and(over_low, chunk < high, out=over_low)])
+    return above, at_high, np.concatenate(between), at_low
 
 
 def _partition(values: np.ndarray, k: int) -> float:
@@ -162,28 +179,28 @@ def _partition(values: np.ndarray, k: int) -> float:
 
 
 def _count(entry: Scores, threshold: float, *, equal: bool) -> int:
-    compare = torch.eq if equal else torch.gt
-    return sum(int(torch.count_nonzero(compare(chunk, threshold))) for _, chunk in entry.chunks())
+    compare = np.equal if equal else np.greater
+    return sum(np.count_nonzero(compare(chunk, threshold)) for _, chunk in entry.chunks())
 
 
 def _mask(entry: Scores, threshold: float | None, share: int) -> torch.Tensor:
     """Return the mask of the `share` largest; `threshold` is known where the tensor was ranked with others."""
     if threshold is None:
         threshold = kth_largest([entry], share)
-    mask = torch.empty(entry.count, dtype=torch.bool, device=entry.values.device)
+    mask = np.empty(entry.count, dtype=np.bool_)
     for start, chunk in entry.chunks():
-        torch.ge(chunk, threshold, out=mask[start : start + chunk.numel()])
-    surplus = int(torch.count_nonzero(mask)) - share
+        np.greater_equal(chunk, threshold, out=mask[start : start + chunk.size])
+    surplus = np.count_nonzero(mask) - share
     if surplus > 0:
-        flat = entry.values.reshape(-1)
-        ties = torch.nonzero((flat.abs() if entry.absolute else flat) == threshold)[:, 0]
-        mask[ties[ties.numel() - surplus :]] = False
+        _drop_last(mask, entry, threshold, surplus)
     elif surplus < 0:
         raise ModelError(f"prune: {entry.name}: a score is NaN; a model with finite weights is needed")
-    return mask.reshape(entry.values.shape)
+    return torch.from_numpy(mask).reshape(entry.values.shape).to(entry.values.device)
 
 
-def _numpy(values: torch.Tensor) -> np.ndarray:
-    """Return the scores as an array; bfloat16 and float16 are widened, which keeps their order."""
-    wide = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
-    return wide.detach().cpu().numpy()
+def _drop_last(mask: np.ndarray, entry: Scores, threshold: float, surplus: int) -> None:
+    """Take the last `surplus` scores that equal the threshold out of the mask."""
+    for start, ties in reversed([(start, np.flatnonzero(chunk == threshold)) for start, chunk in entry.chunks()]):
+        dropped = ties[max(0, ties.size - surplus) :]
+        mask[start + dropped] = False
+        surplus -= dropped.size

@@ -54,7 +54,7 @@ def update(model: nn.Module, step: int) -> bool:
         if mask.config.score in GATHERS:
             total = mask.gathered(module)
             assert total is not None
-            add_gradient(total, mask.weight(module).trainable, mask.config, mask.weight_name)
+            add_gradient(total, mask.leaf(module), mask.config, mask.weight_name)
     for group in _groups([(module, mask) for module, mask in placed if mask.config.timing.fires(step)]):
         choose(group, group[0][1].config.timing.sparsity_at(step))
     _multiply(placed)
@@ -154,4 +154,4 @@ def _multiply(placed: Sequence[Placed]) -> None:
     """Mask the Parameters in place, whether their version says that they changed or not (`p.data` bypasses it)."""
     for module, mask in placed:
         mask.applied = None
-        mask.multiply_(module, mask.weight(module).trainable)
+        mask.multiply_(module, mask.leaf(module))
