@@ -213,3 +213,12 @@ def test_equal_configurations_are_equal_and_hashable():
     assert hash(make()) == hash(make())
     assert make().block_size == (2, 4)
     assert Prune(schedule=0.5).schedule == ConstantSparsity(target_sparsity=0.5)
+
+
+def test_a_ratio_in_a_recipe_needs_no_quotes():
+    """YAML 1.1 takes 2:4 for a number to the base of 60."""
+    from torchopt.recipe import parse
+
+    text = "model: {kind: resnet8, classes: 10}\ndata: {kind: digits}\nstages:\n  - compress: [{match: '*', prune: {pattern: 2:4}}]\n"
+    (rule,) = parse(text).recipe.stages[0].compress
+    assert rule.prune == Prune(pattern="2:4")

@@ -336,3 +336,34 @@ def test_P29_data_parallel_on_two_ranks_gives_equal_masks():
         for key in first:
             if "running" not in key:
                 assert (first[key] == second[key]).all(), (score, key)
+
+
+def test_channels_last_and_a_change_of_precision():
+    """Masks have the layout of their weights, stay bool when the model changes its floating-point type, and go on."""
+    model = network().to(memory_format=torch.channels_last)
+    attach([(w, HALF) for w in weights(model)], preserve=True)
+    assert model[0].weight_mask.stride() == model[0].weight_orig.stride()
+    reference = train(pruned(), 2)
+    train(model, 2)
+    for key, value in reference.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value)
+    model.double()
+    assert model[0].weight_mask.dtype == torch.bool
+    assert model[0].weight.dtype == torch.float64
+    optimizer = sgd(model)
+    model(batch().double()).square().mean().backward()
+    optimizer.step()
+    update(model, 3)
+    assert sparsity(model) == [0.5, 0.5]
+
+
+def test_wanda_gathers_inputs_in_a_compiled_model_too():
+    torch._dynamo.reset()
+    config = Prune(schedule=ConstantSparsity(target_sparsity=0.5, begin_step=2), score="wanda")
+    model, plain = pruned(config), pruned(config)
+    train(plain, 2)
+    train(model, 2, forward=torch.compile(model, backend="aot_eager"))
+    assert sparsity(model) == [0.5, 0.5]
+    assert plain[4].weight_inputs.abs().sum() > 0
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value, msg=key)

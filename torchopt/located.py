@@ -49,6 +49,8 @@ def _construct(loader: yaml.SafeLoader, node: yaml.Node, path: Path, lines: dict
         return found
     if isinstance(node, yaml.SequenceNode):
         return [_construct(loader, item, (*path, i), lines, name) for i, item in enumerate(node.value)]
+    if node.tag.endswith((":int", ":float")) and ":" in node.value:
+        return node.value  # YAML 1.1 would read the pattern 2:4 as 2·60 + 4
     return loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
 
 
