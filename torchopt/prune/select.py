@@ -167,9 +167,9 @@ def _scan(scores: Sequence[Scores], low: float, high: float) -> tuple[int, int, 
     between = []
     for entry in scores:
         for _, chunk in entry.chunks():
-            over_low, over_high = chunk > low, np.count_nonzero(chunk > high)
-            above, at_high = above + over_high, at_high + np.count_nonzero(chunk >= high) - over_high
-            at_low += np.count_nonzero(chunk == low)
+            over_low, over_high = chunk > low, _count_true(chunk > high)
+            above, at_high = above + over_high, at_high + _count_true(chunk >= high) - over_high
+            at_low += _count_true(chunk == low)
             between.append(chunk[np.logical_and(over_low, chunk < high, out=over_low)])
     return above, at_high, np.concatenate(between), at_low
 
@@ -180,7 +180,11 @@ def _partition(values: np.ndarray, k: int) -> float:
 
 def _count(entry: Scores, threshold: float, *, equal: bool) -> int:
     compare = np.equal if equal else np.greater
-    return sum(np.count_nonzero(compare(chunk, threshold)) for _, chunk in entry.chunks())
+    return sum(_count_true(compare(chunk, threshold)) for _, chunk in entry.chunks())
+
+
+def _count_true(flags: np.ndarray) -> int:
+    return int(np.count_nonzero(flags))
 
 
 def _mask(entry: Scores, threshold: float | None, share: int) -> torch.Tensor:
@@ -190,7 +194,7 @@ def _mask(entry: Scores, threshold: float | None, share: int) -> torch.Tensor:
     mask = np.empty(entry.count, dtype=np.bool_)
     for start, chunk in entry.chunks():
         np.greater_equal(chunk, threshold, out=mask[start : start + chunk.size])
-    surplus = np.count_nonzero(mask) - share
+    surplus = _count_true(mask) - share
     if surplus > 0:
         _drop_last(mask, entry, threshold, surplus)
     elif surplus < 0:
