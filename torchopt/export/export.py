@@ -24,6 +24,8 @@ from torchopt.export.pack import PackReport, pack_model
 from torchopt.export.passes import (
     GlobalPoolPass,
     HalfWeightsPass,
+    HardSigmoidPass,
+    IntegerBatchNormPass,
     IntegerWeightsPass,
     LateDequantizePass,
     RedundantActivationsPass,
@@ -132,6 +134,8 @@ def _rewrite(graph: ir.Model, model: nn.Module) -> tuple[str, ...]:
         StaticShapesPass(),
         RedundantActivationsPass(),
         GlobalPoolPass(),
+        HardSigmoidPass(),
+        IntegerBatchNormPass(),
         IntegerWeightsPass(grids(model)),
         LateDequantizePass(),
         HalfWeightsPass(),
@@ -176,7 +180,7 @@ def _bytes(graph: ir.Model) -> bytes:
         ModelError: more than protobuf's 2 GB.
     """
     try:
-        return ir.to_proto(graph).SerializeToString()
+        return bytes(ir.to_proto(graph).SerializeToString())
     except Exception as error:  # google.protobuf.message.EncodeError or a ValueError, by version
         raise ModelError(f"export: the graph cannot be serialized (protobuf holds at most 2 GB): {str(error)[:200]}") from error
 

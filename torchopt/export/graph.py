@@ -24,6 +24,7 @@ from torch import nn
 from torchopt.errors import DataError, ModelError
 
 BATCH = "batch"
+FIXED = "the model fixes its batch size: export it with dynamic_batch=False"
 
 
 def to_onnx(model: nn.Module, example_inputs: tuple[Any, ...], *, opset: int, dynamic_batch: bool) -> ir.Model:
@@ -59,6 +60,8 @@ def to_onnx(model: nn.Module, example_inputs: tuple[Any, ...], *, opset: int, dy
         raise ModelError(_sentence(type(model).__name__, error)) from error
     if program is None:
         raise ModelError(f"export: {type(model).__name__} cannot be exported to ONNX: the exporter returned nothing")
+    if dynamic_batch:
+        _check_batch(type(model).__name__, program.model.graph)
     _name_outputs(program.model.graph)
     return program.model
 
@@ -71,6 +74,15 @@ def _check(model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"export: {name} holds NaN or infinity; export a trained, finite model")
+
+
+def _check_batch(name: str, graph: ir.Graph) -> None:
+    """The exporter drops a free dimension silently where the model's code fixes it."""
+    for value in graph.inputs:
+        if value.shape is not None and len(value.shape) and isinstance(value.shape[0], int):
+            raise ModelError(
+                f"export: {name} takes a batch of {value.shape[0]} only ({value.name} has the shape {list(value.shape)}); {FIXED}"
+            )
 
 
 def _plain(x: Any) -> Any:
@@ -118,7 +130,7 @@ def _nested(module: nn.Module, shapes: tuple[Any, ...] | None) -> Any:
 def _sentence(name: str, error: BaseException) -> str:
     reason = _reason(error)
     fixed = re.search(r"onstraints violated|specialized|marked .* dynamic", f"{error} {reason}")
-    remedy = "; the model fixes its batch size: export it with dynamic_batch=False" if fixed else ""
+    remedy = f"; {FIXED}" if fixed else ""
     return f"export: {name} cannot be exported to ONNX: {reason}{remedy}"
 
 

@@ -98,6 +98,9 @@ def decode_initializers(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     for node in model.graph:
         if node.op_type == "DequantizeLinear" and node.inputs[0] is not None and node.inputs[0].name in values:
             values[str(node.inputs[0].name)] = _dequantized(node, values)
+        elif node.op_type == "Cast" and node.inputs[0] is not None and node.inputs[0].name in values:  # float16 weights
+            name = str(node.inputs[0].name)
+            values[name] = values[name].astype(ir.DataType(node.attributes["to"].as_int()).numpy())
     return values
 
 

@@ -2,6 +2,8 @@
 
 from torchopt.export.passes.global_pool import GlobalPoolPass
 from torchopt.export.passes.half_weights import HalfWeightsPass
+from torchopt.export.passes.hard_sigmoid import HardSigmoidPass
+from torchopt.export.passes.integer_batch_norm import IntegerBatchNormPass
 from torchopt.export.passes.integer_weights import IntegerWeightsPass
 from torchopt.export.passes.late_dequantize import LateDequantizePass
 from torchopt.export.passes.redundant_activations import RedundantActivationsPass
@@ -12,6 +14,8 @@ from torchopt.export.passes.tidy import TidyPass
 __all__ = [
     "GlobalPoolPass",
     "HalfWeightsPass",
+    "HardSigmoidPass",
+    "IntegerBatchNormPass",
     "IntegerWeightsPass",
     "LateDequantizePass",
     "RedundantActivationsPass",

@@ -44,7 +44,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node) -> None:
     assert x.shape is not None
     pool = ir.Node("", "GlobalAveragePool", [x])
     pooled = pool.outputs[0]
-    pooled.name, pooled.dtype = f"{old.name}_pooled", old.dtype
+    pooled.name, pooled.type = f"{old.name}_pooled", old.type
     pooled.shape = ir.Shape([*x.shape[:2], *[1] * (len(x.shape) - 2)])
     graph.insert_after(node, pool)
     keepdims = node.attributes["keepdims"].as_int() if "keepdims" in node.attributes else 1
@@ -68,7 +68,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node) -> None:
 def _flatten(graph: ir.Graph, after: ir.Node, value: ir.Value, shape: ir.Shape | None) -> ir.Value:
     node = ir.Node("", "Flatten", [value], [ir.AttrInt64("axis", 1)])
     flat = node.outputs[0]
-    flat.name, flat.dtype, flat.shape = f"{value.name}_flat", value.dtype, shape
+    flat.name, flat.type, flat.shape = f"{value.name}_flat", value.type, shape
     graph.insert_after(after, node)
     return flat
 

@@ -11,6 +11,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from torchopt.export.passes.constants import constant
+
+LARGEST = 65504.0  # of float16
 SMALLEST = 64  # elements: below it the Cast node is larger than what it saves
 
 
@@ -29,7 +32,7 @@ def _fits(value: ir.Value) -> bool:
     if value.const_value is None or value.is_graph_output() or value.is_graph_input():
         return False
     dense = value.const_value.numpy()
-    if dense.ndim < 2 or dense.size < SMALLEST or not list(value.uses()) or float(np.abs(dense).max()) > np.finfo(np.float16).max:
+    if dense.ndim < 2 or dense.size < SMALLEST or not list(value.uses()) or float(np.abs(dense).max()) > LARGEST:
         return False
     return np.array_equal(dense.astype(np.float16).astype(np.float32).view(np.int32), dense.view(np.int32))
 
@@ -40,9 +43,7 @@ def _replace(graph: ir.Graph, value: ir.Value) -> None:
     name, users = str(value.name), list(value.uses())
     graph.initializers.pop(name)
     value.name = f"{name}_float"
-    new = ir.Value(name=name, const_value=ir.tensor(half, name=name))
-    new.shape, new.dtype = ir.Shape(half.shape), ir.DataType.FLOAT16
-    graph.register_initializer(new)
+    new = constant(graph, name, half)
     cast = ir.Node("", "Cast", [new], [ir.AttrInt64("to", int(ir.DataType.FLOAT))])
     output = cast.outputs[0]
     output.name, output.shape, output.dtype = f"{name}_float32", ir.Shape(half.shape), ir.DataType.FLOAT

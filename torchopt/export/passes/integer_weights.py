@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from torchopt.errors import ModelError
+from torchopt.export.passes.constants import constant
 from torchopt.grid import Grid
 
 
@@ -60,17 +61,9 @@ def _replace(graph: ir.Graph, weight: ir.Value, grid: Grid) -> None:
     name, users = str(weight.name), list(weight.uses())
     graph.initializers.pop(name)
     weight.name = name + "_float"
-    new = ir.Value(name=name, const_value=ir.tensor(codes, name=name))
-    new.shape, new.dtype = ir.Shape(codes.shape), ir.DataType.INT8
-    scales = ir.Value(name=name + "_scale", const_value=ir.tensor(scale, name=name + "_scale"))
-    scales.shape, scales.dtype = ir.Shape(scale.shape), ir.DataType.FLOAT
-    operands = [new, scales]
+    operands = [constant(graph, name, codes), constant(graph, name + "_scale", scale)]
     if any(user.op_type == "Gemm" for user, _ in users):
-        zeros = np.zeros(scale.shape, dtype=np.int8)
-        operands.append(ir.Value(name=name + "_zero", const_value=ir.tensor(zeros, name=name + "_zero")))
-        operands[-1].shape, operands[-1].dtype = ir.Shape(zeros.shape), ir.DataType.INT8
-    for value in operands:
-        graph.register_initializer(value)
+        operands.append(constant(graph, name + "_zero", np.zeros(scale.shape, dtype=np.int8)))
     attributes = [ir.AttrInt64("axis", grid.axis)] if grid.axis is not None else []
     node = ir.Node("", "DequantizeLinear", operands, attributes, name=name + "_dequantize")
     output = node.outputs[0]

@@ -48,8 +48,8 @@ def _swap(graph: ir.Graph, move: ir.Node) -> None:
     move.replace_input_with(0, dequantize.inputs[0])
     behind = ir.Node("", "DequantizeLinear", [moved, *dequantize.inputs[1:]], list(dequantize.attributes.values()))
     output = behind.outputs[0]
-    output.name, output.shape, output.dtype = f"{moved.name}_dq", moved.shape, moved.dtype
-    moved.dtype = dequantize.inputs[0].dtype
+    output.name, output.shape, output.type = f"{moved.name}_dq", moved.shape, moved.type
+    moved.type = dequantize.inputs[0].type
     graph.insert_after(move, behind)
     for user, index in users:
         user.replace_input_with(index, output)

@@ -40,7 +40,7 @@ def _is_redundant(node: ir.Node) -> bool:
     if not users or node.outputs[0].is_graph_output() or node.inputs[0] is None:
         return False
     low, high = (0.0, np.inf) if node.op_type == "Relu" else _bounds(node)
-    return all(user.op_type == "QuantizeLinear" and _saturates(user, low, high) for user, _ in users)
+    return all(user.op_type == "QuantizeLinear" and saturates(user, low, high) for user, _ in users)
 
 
 def _bounds(clip: ir.Node) -> tuple[float, float]:
@@ -53,7 +53,7 @@ def _bounds(clip: ir.Node) -> tuple[float, float]:
     return ends[0], ends[1]
 
 
-def _saturates(quantize: ir.Node, low: float, high: float) -> bool:
+def saturates(quantize: ir.Node, low: float, high: float) -> bool:
     """True where every value at or below `low` gives the smallest integer, and every one at or above `high` the largest."""
     constants = [v.const_value if v is not None else None for v in quantize.inputs[1:3]]
     if len(constants) < 2 or constants[0] is None or constants[1] is None or constants[1].dtype not in LIMITS:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from torchopt.export.passes.constants import constant
+
 
 class StaticShapesPass(ir.passes.InPlacePass):
     """Cases 1 and 2 of the module's docstring; the nodes that computed the shape are left for `TidyPass`."""
@@ -23,7 +25,8 @@ class StaticShapesPass(ir.passes.InPlacePass):
             if node.op_type == "Reshape" and node.inputs[1] is not None and node.inputs[1].const_value is None:
                 shape = _constant_shape(node)
                 if shape is not None:
-                    node.replace_input_with(1, _initializer(model.graph, f"{node.outputs[0].name}_shape", shape))
+                    name = f"{node.outputs[0].name}_shape"
+                    node.replace_input_with(1, constant(model.graph, name, np.array(shape, dtype=np.int64)))
                     node.attributes.pop("allowzero", None)  # 0 is to mean "as in the input"
                     modified = True
         return ir.passes.PassResult(model, modified=modified)
@@ -41,10 +44,3 @@ def _constant_shape(node: ir.Node) -> list[int] | None:
     if x.shape is not None and at < len(x.shape) and x.shape[at] == target[at] and str(target[at]) != "None":
         sizes[at] = 0
     return sizes
-
-
-def _initializer(graph: ir.Graph, name: str, sizes: list[int]) -> ir.Value:
-    value = ir.Value(name=name, const_value=ir.tensor(np.array(sizes, dtype=np.int64), name=name))
-    value.shape, value.dtype = ir.Shape([len(sizes)]), ir.DataType.INT64
-    graph.register_initializer(value)
-    return value

@@ -30,11 +30,8 @@ class TidyPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Tidy `model` in place."""
-        for step in (
-            common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-            common.IdentityEliminationPass(),
-        ):
-            step(model)
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        common.IdentityEliminationPass()(model)
         log = logging.getLogger("onnxscript")
         level = log.level
         log.setLevel(logging.ERROR)

@@ -1,0 +1,292 @@
+"""Each pass on a graph of a few lines: what it rewrites, what it leaves alone, and that the numbers stay."""
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from onnx import numpy_helper, parser
+
+from torchopt.errors import ModelError
+from torchopt.export.passes import (
+    GlobalPoolPass,
+    HalfWeightsPass,
+    HardSigmoidPass,
+    IntegerBatchNormPass,
+    IntegerWeightsPass,
+    LateDequantizePass,
+    RedundantActivationsPass,
+    ShortNamesPass,
+    StaticShapesPass,
+    TidyPass,
+)
+from torchopt.grid import Grid
+
+U8 = np.uint8
+GRID = {"s": np.float32(0.047), "z": U8(93), "t": np.float32(0.02), "o": U8(0)}
+
+
+def model(text: str, **constants) -> ir.Model:
+    proto = parser.parse_model(f'<ir_version: 10, opset_import: ["": 21]>\n{text}')
+    for name, value in constants.items():
+        proto.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+    return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+
+
+def session(graph: ir.Model, optimized=None) -> onnxruntime.InferenceSession:
+    data = ir.to_proto(graph).SerializeToString()
+    onnx.checker.check_model(data)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+def run(graph: ir.Model, x: np.ndarray) -> np.ndarray:
+    return session(graph).run(None, {"x": x})[0]
+
+
+def kinds(graph: ir.Model) -> list[str]:
+    return [node.op_type for node in graph.graph]
+
+
+def optimized_kinds(graph: ir.Model, folder) -> Counter:
+    session(graph, folder / "optimized.onnx")
+    return Counter(node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node)
+
+
+def pictures(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def changes(step, graph: ir.Model) -> bool:
+    return bool(step(graph).modified)
+
+
+# ---------------------------------------------------------------- redundant activations
+@pytest.mark.parametrize(
+    ("activation", "scale", "zero_point", "stays"),
+    [
+        ("Relu(x)", 0.1, 0, False),
+        ("Relu(x)", 0.1, 1, True),  # the quantizer represents −0.1: the Relu is needed
+        ("Clip(x, lo, hi)", 6 / 255, 0, False),
+        ("Clip(x, lo, hi)", 5 / 255, 0, False),
+        ("Clip(x, lo, hi)", 7 / 255, 0, True),  # the quantizer goes up to 7
+    ],
+)
+def test_activation_before_a_quantizer_goes_where_it_repeats(activation, scale, zero_point, stays) -> None:
+    text = f"g(float[N] x) => (uint8[N] y) {{ a = {activation} y = QuantizeLinear(a, s, z) }}"
+    constants = {"s": np.float32(scale), "z": U8(zero_point), "lo": np.float32(0), "hi": np.float32(6)}
+    before, after = model(text, **constants), model(text, **constants)
+    assert changes(RedundantActivationsPass(), after) is not stays
+    assert ("QuantizeLinear" == kinds(after)[0]) is not stays
+    x = np.linspace(-9, 9, 20_001, dtype=np.float32)
+    np.testing.assert_array_equal(run(after, x), run(before, x))
+
+
+def test_activation_that_others_read_stays() -> None:
+    text = "g(float[N] x) => (uint8[N] y, float[N] w) { a = Relu(x) y = QuantizeLinear(a, s, z) w = Neg(a) }"
+    graph = model(text, s=np.float32(0.1), z=U8(0))
+    assert not changes(RedundantActivationsPass(), graph)
+
+
+# ---------------------------------------------------------------- hard sigmoid
+HARD = "g(uint8[N] x) => (uint8[N] y) { d = DequantizeLinear(x, s, z) e = HardSigmoid<alpha=0.16666667, beta=0.5>(d) y = QuantizeLinear(e, t, o) }"  # noqa: E501
+
+
+def test_hard_sigmoid_becomes_one_integer_addition(tmp_path) -> None:
+    constants = {**GRID, "t": np.float32(1 / 255)}
+    before, after = model(HARD, **constants), model(HARD, **constants)
+    assert changes(HardSigmoidPass(), after)
+    TidyPass()(after)
+    assert optimized_kinds(before, tmp_path) == {"DequantizeLinear": 1, "HardSigmoid": 1, "QuantizeLinear": 1}
+    assert optimized_kinds(after, tmp_path) == {"QLinearAdd": 1}
+    codes = np.arange(256, dtype=U8)
+    apart = np.abs(run(after, codes).astype(int) - run(before, codes))
+    assert apart.max() <= 1
+    assert np.count_nonzero(apart) <= 3  # ties
+
+
+def test_hard_sigmoid_stays_where_the_quantizer_does_not_clip() -> None:
+    graph = model(HARD, **{**GRID, "t": np.float32(2 / 255)})
+    assert not changes(HardSigmoidPass(), graph)
+    assert "HardSigmoid" in kinds(graph)
+
+
+# ---------------------------------------------------------------- batch norm between integers
+def batch_norm(channels: int, **changed) -> ir.Model:
+    rng = np.random.default_rng(0)
+    constants = {
+        **GRID,
+        "g": rng.standard_normal(channels).astype(np.float32),
+        "b": rng.standard_normal(channels).astype(np.float32),
+        "m": rng.standard_normal(channels).astype(np.float32),
+        "v": (rng.random(channels) + 0.1).astype(np.float32),
+    }
+    text = (
+        f"g(uint8[N, {channels}, 5, 5] x) => (uint8[N, {channels}, 5, 5] y) {{ d = DequantizeLinear(x, s, z)"
+        " e = BatchNormalization(d, g, b, m, v) y = QuantizeLinear(e, t, o) }"
+    )
+    return model(text, **{**constants, **changed})
+
+
+def test_batch_norm_between_integers_becomes_an_integer_convolution(tmp_path) -> None:
+    before, after = batch_norm(16), batch_norm(16)
+    assert changes(IntegerBatchNormPass(), after)
+    found = optimized_kinds(after, tmp_path)
+    assert found["QLinearConv"] == 1
+    assert found["BatchNormalization"] == 0
+    x = np.random.default_rng(1).integers(0, 256, (4, 16, 5, 5)).astype(U8)
+    apart = np.abs(run(after, x).astype(int) - run(before, x))
+    assert apart.max() <= 1
+    assert (apart == 0).mean() > 0.98
+
+
+def test_batch_norm_with_a_dead_channel() -> None:
+    gamma = np.array([0.0, 1.0], np.float32)
+    after, before = batch_norm(2, g=gamma), batch_norm(2, g=gamma)
+    assert changes(IntegerBatchNormPass(), after)
+    x = np.random.default_rng(1).integers(0, 256, (4, 2, 5, 5)).astype(U8)
+    np.testing.assert_allclose(run(after, x).astype(int), run(before, x), atol=1)
+
+
+def test_batch_norm_whose_bias_does_not_fit_stays() -> None:
+    graph = batch_norm(2, g=np.array([1e-12, 1.0], np.float32))
+    assert not changes(IntegerBatchNormPass(), graph)
+    assert "BatchNormalization" in kinds(graph)
+
+
+# ---------------------------------------------------------------- moves on integers
+def test_dequantize_goes_behind_a_reshape(tmp_path) -> None:
+    text = (
+        "g(uint8[N, 4, 2, 2] x) => (float[N, 3] y) { p = MaxPool<kernel_shape=[1, 1]>(x) d = DequantizeLinear(p, s, z)"
+        " f = Flatten(d) k = DequantizeLinear<axis=0>(w, ws, wz) y = Gemm<transB=1>(f, k) }"
+    )
+    codes = np.arange(48, dtype=np.int8).reshape(3, 16)
+    constants = {**GRID, "w": codes, "ws": np.full(3, 0.01, np.float32), "wz": np.zeros(3, np.int8)}
+    before, after = model(text, **constants), model(text, **constants)
+    assert changes(LateDequantizePass(), after)
+    TidyPass()(after)
+    assert kinds(after).index("Flatten") < kinds(after).index("DequantizeLinear")
+    assert optimized_kinds(after, tmp_path)["QGemm"] == 1
+    x = np.random.default_rng(1).integers(0, 256, (2, 4, 2, 2)).astype(U8)
+    np.testing.assert_allclose(run(after, x), run(before, x), rtol=1e-6)
+
+
+def test_dequantize_of_a_weight_stays_beside_it() -> None:
+    text = "g(float[N, 2] x) => (float[N, 3] y) { k = DequantizeLinear(w, s, o) t2 = Transpose(k) y = MatMul(x, t2) }"
+    graph = model(text, w=np.ones((3, 2), np.int8), s=np.float32(1), o=np.int8(0))
+    assert not changes(LateDequantizePass(), graph)
+
+
+# ---------------------------------------------------------------- shapes
+def test_computed_shape_becomes_a_constant() -> None:
+    text = (
+        "g(float[N, 4, 2] x) => (float[N, 8] y) { b = Shape<start=0, end=1>(x) c = Concat<axis=0>(b, r)"
+        " y = Reshape<allowzero=1>(x, c) }"
+    )
+    before, after = (model(text, r=np.array([8])) for _ in range(2))
+    assert changes(StaticShapesPass(), after)
+    TidyPass()(after)
+    assert kinds(after) == ["Reshape"]
+    for batch in (1, 3):
+        np.testing.assert_array_equal(run(after, pictures(batch, 4, 2)), run(before, pictures(batch, 4, 2)))
+
+
+def test_shape_with_two_free_dimensions_stays() -> None:
+    text = "g(float[N, M] x, int64[2] c) => (float[A, B] y) { y = Reshape(x, c) }"
+    assert not changes(StaticShapesPass(), model(text))
+
+
+# ---------------------------------------------------------------- pooling
+@pytest.mark.parametrize("keepdims", [0, 1])
+def test_global_mean_becomes_a_pool(keepdims) -> None:
+    shape = "N, 3, 1, 1" if keepdims else "N, 3"
+    text = f"g(float[N, 3, 4, 4] x) => (float[{shape}] y) {{ y = ReduceMean<keepdims={keepdims}>(x, a) }}"
+    before, after = (model(text, a=np.array([2, 3])) for _ in range(2))
+    assert changes(GlobalPoolPass(), after)
+    assert kinds(after)[0] == "GlobalAveragePool"
+    x = pictures(2, 3, 4, 4)
+    np.testing.assert_allclose(run(after, x), run(before, x), rtol=1e-6, atol=1e-7)
+
+
+def test_mean_over_one_axis_stays() -> None:
+    text = "g(float[N, 3, 4, 4] x) => (float[N, 3, 1, 4] y) { y = ReduceMean<keepdims=1>(x, a) }"
+    assert not changes(GlobalPoolPass(), model(text, a=np.array([2])))
+
+
+# ---------------------------------------------------------------- integer weights
+GEMM = "g(float[N, 2] x) => (float[N, 3] y) { y = Gemm<transB=1>(x, w) }"
+
+
+def grid(scale, axis=0) -> dict[str, Grid]:
+    return {"w": Grid(name="w", scale=torch.tensor(scale), bits=8, axis=axis)}
+
+
+def test_weights_on_a_grid_become_int8_and_decode_to_the_same_bits() -> None:
+    scale = np.array([0.1, 0.3, 0.7], np.float32)
+    codes = np.array([[1, -127], [0, 5], [127, -3]], np.int8)
+    value = codes.astype(np.float32) * scale[:, None]
+    before, after = (model(GEMM, w=value) for _ in range(2))
+    assert changes(IntegerWeightsPass(grid(scale)), after)
+    stored = {name: v.const_value.numpy() for name, v in after.graph.initializers.items()}
+    np.testing.assert_array_equal(stored["w"], codes, strict=True)
+    np.testing.assert_array_equal(stored["w_scale"], scale, strict=True)
+    np.testing.assert_array_equal(stored["w"].astype(np.float32) * stored["w_scale"][:, None], value, strict=True)
+    np.testing.assert_array_equal(run(after, pictures(4, 2)), run(before, pictures(4, 2)))
+
+
+def test_weights_off_their_grid_are_refused() -> None:
+    graph = model(GEMM, w=np.array([[0.1, 0.15]] * 3, np.float32))
+    with pytest.raises(ModelError, match=r"w is not on the integer grid it claims; finalize the model again"):
+        IntegerWeightsPass(grid([0.1, 0.1, 0.1]))(graph)
+
+
+# ---------------------------------------------------------------- half weights
+def test_weights_that_are_float16_numbers_take_half_the_bytes(tmp_path) -> None:
+    value = np.random.default_rng(0).standard_normal((64, 2)).astype(np.float16).astype(np.float32)
+    text = "g(float[N, 64] x) => (float[N, 2] y) { y = MatMul(x, w) }"
+    before, after = (model(text, w=value) for _ in range(2))
+    assert changes(HalfWeightsPass(), after)
+    assert after.graph.initializers["w"].const_value.numpy().dtype == np.float16
+    assert optimized_kinds(after, tmp_path) == {"MatMul": 1}  # the Cast is folded at load
+    np.testing.assert_array_equal(run(after, pictures(3, 64)), run(before, pictures(3, 64)))
+
+
+@pytest.mark.parametrize("value", [0.1, 1e-9, 1e6], ids=["rounded", "too small", "too large"])
+def test_weights_that_are_no_float16_numbers_stay(value) -> None:
+    weight = np.ones((64, 2), np.float32)
+    weight[3, 1] = value
+    graph = model("g(float[N, 64] x) => (float[N, 2] y) { y = MatMul(x, w) }", w=weight)
+    assert not changes(HalfWeightsPass(), graph)
+
+
+# ---------------------------------------------------------------- names and leftovers
+def test_short_names_merge_equal_constants_but_no_weight() -> None:
+    text = "g(float[N, 2] x) => (float[N, 2] y) { long_a = MatMul(x, first) long_b = MatMul(long_a, second) b1 = Add(long_b, one) y = Mul(b1, two) }"  # noqa: E501
+    weight, scale = np.eye(2, dtype=np.float32), np.float32(3)
+    before, after = (model(text, first=weight, second=weight, one=scale, two=scale) for _ in range(2))
+    ShortNamesPass(frozenset({"first", "second"}))(after)
+    assert set(after.graph.initializers) == {"first", "second", "a"}
+    assert [v.name for v in (*after.graph.inputs, *after.graph.outputs)] == ["x", "y"]
+    assert all(len(v.name) <= 2 for node in after.graph for v in node.outputs)
+    assert len(ir.to_proto(after).SerializeToString()) < len(ir.to_proto(before).SerializeToString())
+    np.testing.assert_array_equal(run(after, pictures(3, 2)), run(before, pictures(3, 2)))
+
+
+def test_names_in_a_subgraph_stay() -> None:
+    text = "g(bool c, float[2] x) => (float[2] y) { y = If(c)<then_branch = t() => (float[2] p) { p = Neg(x) }, else_branch = e() => (float[2] q) { q = Abs(x) }> }"  # noqa: E501
+    graph = model(text)
+    assert not changes(ShortNamesPass(), graph)
+
+
+def test_tidy_drops_what_nothing_reads_and_never_folds_a_weight() -> None:
+    text = "g(float[N, 2] x) => (float[N, 2] y) { i = Identity(x) dead = Neg(i) w2 = Mul(w, two) y = MatMul(i, w2) }"
+    graph = model(text, w=np.eye(2, dtype=np.float32), two=np.float32(2))
+    TidyPass(frozenset({"w"}))(graph)
+    assert kinds(graph) == ["Mul", "MatMul"]
+    np.testing.assert_array_equal(graph.graph.initializers["w"].const_value.numpy(), np.eye(2, dtype=np.float32))
