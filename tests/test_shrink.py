@@ -10,6 +10,7 @@ from torch import nn
 
 import torchopt
 from torchopt.prune.shrink_channels import count_macs, remove_channels
+from torchopt.prune.shrink_outputs import output_layers
 from torchopt.runtime import session
 from torchopt.shrink import _bisect
 
@@ -136,6 +137,47 @@ def test_half_the_latency_in_onnx_runtime(name, tmp_path):
     torchopt.export(torchopt.shrink(model, (x,), max_latency_ms=dense / 2), (x,), tmp_path / "half.onnx", pack=False)
     rows = torchopt.benchmark([tmp_path / "dense.onnx", tmp_path / "half.onnx"], progress=False).rows
     assert 0.4 < rows[1].ratio < 0.6
+
+
+class TwoHeads(nn.Module):
+    """Two outputs; the first one's layer does not run last, and a norm stands on it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.boxes = nn.Conv2d(32, 16, 1)
+        self.norm = nn.BatchNorm2d(16)
+        self.scores = nn.Conv2d(32, 24, 1)
+
+    def forward(self, x):
+        features = torch.relu(self.stem(x))
+        return {"boxes": self.norm(self.boxes(features)), "scores": [self.scores(features).sigmoid()]}
+
+
+def test_every_output_keeps_its_channels():
+    model = TwoHeads().eval()
+    assert set(output_layers(model, (X,))) == {model.boxes, model.scores}
+    shrunk = torchopt.shrink(model, (X,), ratio=0.5)
+    made = shrunk(X)
+    assert made["boxes"].shape == (2, 16, 16, 16)
+    assert made["scores"][0].shape == (2, 24, 16, 16)
+    assert shrunk.stem.out_channels == 16
+
+
+def test_an_addition_before_the_output_keeps_both_of_its_layers():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.a, self.b = nn.Linear(8, 32), nn.Linear(32, 16), nn.Linear(32, 16)
+
+        def forward(self, x):
+            hidden = self.stem(x).relu()
+            return self.a(hidden) + self.b(hidden)
+
+    model = Sum().eval()
+    shrunk = torchopt.shrink(model, (torch.zeros(1, 8),), ratio=0.5)
+    assert set(output_layers(model, (torch.zeros(1, 8),))) == {model.a, model.b}
+    assert (shrunk.stem.out_features, shrunk.a.out_features, shrunk.b.out_features) == (16, 16, 16)
 
 
 def test_ignored_layers_keep_their_channels():

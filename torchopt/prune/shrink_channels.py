@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from torchopt.errors import ConfigError, DataError, ModelError, RuleError, nearest
+from torchopt.prune.shrink_outputs import Prunable, output_layers
 
 IMPORTANCES = ("magnitude", "taylor", "lamp", "fpgm", "bn_scale", "random")
-Prunable = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 def remove_channels(
@@ -44,7 +44,7 @@ def remove_channels(
         ratio: fraction of channels to remove, in [0, 1).
         importance: how channels are ranked ("magnitude", "taylor", "lamp", "fpgm", "bn_scale", "random").
         round_to: what remains is a multiple of this.
-        ignore: globs of modules whose output channels all stay; the last layer's always do.
+        ignore: globs of modules whose output channels all stay; those of the layers that make the outputs always do.
         global_ranking: rank the channels of all layers together.
         isomorphic: rank layers of the same shape of dependency together (arXiv:2407.04616).
         ratios: other ratios for some modules, by name.
@@ -130,8 +130,8 @@ def _prune(
     names = {module: f"{prefix}{name}" for name, module in model.named_modules()}
     kept = [m for m, name in names.items() if any(fnmatchcase(name, pattern) for pattern in ignore)]
     kept += [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
-    kept += _last_layers(model, inputs)
-    own = {m: ratios[name] for m, name in names.items() if name in ratios}
+    kept += output_layers(model, inputs)
+    own = {m: _capped(m, ratios.get(name, ratio), options["round_to"]) for m, name in names.items() if isinstance(m, Prunable)}
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
         pruner = torch_pruning.pruner.BasePruner(
@@ -154,6 +154,14 @@ def _prune(
     with torch.no_grad():
         model(*inputs)
     return model
+
+
+def _capped(module: nn.Module, ratio: float, round_to: int) -> float:
+    """At least one multiple of `round_to` remains; torch-pruning would leave a layer whole rather than round it to nothing."""
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    channels = weight.shape[1 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 0]
+    return max(0.0, min(ratio, 1.0 - round_to / channels))
 
 
 def _by_pieces(
@@ -210,21 +218,6 @@ def _recorded_inputs(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, tup
 def _width(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[int, ...]:
     with torch.no_grad():
         return tuple(module(*inputs).shape)
-
-
-def _last_layers(model: nn.Module, inputs: tuple[Any, ...]) -> list[nn.Module]:
-    """The prunable layer that runs last: its channels are the network's outputs."""
-    order: list[nn.Module] = []
-    hooks = [
-        module.register_forward_hook(lambda layer, *_: order.append(layer))
-        for module in model.modules()
-        if isinstance(module, Prunable)
-    ]
-    with torch.no_grad():
-        model(*inputs)
-    for hook in hooks:
-        hook.remove()
-    return order[-1:]
 
 
 def _ranking(importance: str) -> Any:
