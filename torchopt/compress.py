@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from torchopt import cluster as clustering
@@ -74,6 +75,7 @@ def attach(
     assigned = assign(ready, rules)
     ready = _attach_scales(ready, assigned, example_inputs, target)
     skipped = _attach(ready, assigned, found)
+    quantization.settle_scales(ready)
     state = State(rules, [a.weight.name for a in assigned], target, _signature(example_inputs), found, skipped, plan)
     ready.add_module(ATTRIBUTE, state)
     return ready
@@ -96,6 +98,8 @@ def step(model: nn.Module) -> int:
     number = state.advance()
     pruning.update(prepared, number)
     clustering.update(prepared, number)
+    if dist.is_available() and dist.is_initialized():
+        quantization.synchronize(prepared)
     quantization.update(prepared, number)
     return number
 

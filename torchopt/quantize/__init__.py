@@ -5,8 +5,19 @@ import warnings
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # torch.ao announces its removal on import; the announcement is known
     from torchopt.quantize.activations import ActivationQuantizer, FixedQuantize
-    from torchopt.quantize.attach import attach, calibrate, observes, update
+    from torchopt.quantize.attach import attach, calibrate, observes, settle_scales, synchronize, update
     from torchopt.quantize.bake import bake
     from torchopt.quantize.config import Quantize
 
-__all__ = ["ActivationQuantizer", "FixedQuantize", "Quantize", "attach", "bake", "calibrate", "observes", "update"]
+__all__ = [
+    "ActivationQuantizer",
+    "FixedQuantize",
+    "Quantize",
+    "attach",
+    "bake",
+    "calibrate",
+    "observes",
+    "settle_scales",
+    "synchronize",
+    "update",
+]

@@ -140,10 +140,11 @@ class ActivationQuantizer(FakeQuantizeBase):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Observe where asked, then round where asked; x of any shape, float."""
+        x = x.float()  # grids are float32, also under autocast
         if self.calibrating:
             self.observer.observe(x.detach())
             return x
-        if self.training and self.observing:
+        if self.training and self.observing and not (self.learn and self.ready):  # a learned scale starts from the first batch
             return self._follow(x)
         if not (self.ready and self.rounding):
             return x

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from torchopt.batches import Batch, model_inputs
@@ -22,8 +23,10 @@ from torchopt.quantize.fuse import fuse
 from torchopt.quantize.layers import fused
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.placement import place
+from torchopt.quantize.recurrent import RECURRENT, QuantizedRecurrent
 from torchopt.quantize.targets import Target, target_named
 from torchopt.quantize.trace import trace
+from torchopt.quantize.weight_grid import settle
 from torchopt.surgery import get_module, set_module
 
 WEIGHTS_LATER = "_torchopt_weights_later"  # modules whose weights are snapped when baked, and not before
@@ -70,6 +73,29 @@ def update(model: nn.Module, step: int) -> bool:
         if step == norms and isinstance(part, Fused) and part.bn is not None:
             part.freeze_bn()
     return bool(parts)
+
+
+def settle_scales(model: nn.Module) -> None:
+    """After tables were attached: decide which weights have one scale for the whole tensor because their values are shared."""
+    for module in model.modules():
+        module.__dict__.pop("_shares", None)  # the trial call decided before there were tables
+        if isinstance(module, Fused):
+            settle(module, "weight")
+        elif isinstance(module, QuantizedRecurrent):
+            for param in module._flat_weights_names:
+                settle(module, param)
+
+
+@torch.no_grad()
+def synchronize(model: nn.Module) -> None:
+    """Give every activation range the mean over the ranks of a distributed run, in one reduction."""
+    quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer) and not m.fixed and m.calibrated]
+    if not quantizers:
+        return
+    ends = torch.stack([torch.stack([q.min_val, q.max_val]) for q in quantizers])
+    dist.all_reduce(ends)
+    for quantizer, (low, high) in zip(quantizers, ends / dist.get_world_size(), strict=True):
+        quantizer.set_range(low, high)
 
 
 def observes(model: nn.Module) -> bool:
@@ -146,8 +172,12 @@ def _try(traced: nn.Module, example_inputs: tuple[Any, ...]) -> None:
 
 def _weights_only(model: nn.Module, path: str, config: Quantize, runtime: Target) -> None:
     module = get_module(model, path)
-    layer = fused(module, config, runtime.weight_bits(config)) if config.mode == "weight_only" else None
+    bits = runtime.weight_bits(config)
+    layer: nn.Module | None = None
+    if config.mode == "weight_only":
+        recurrent = RECURRENT.get(type(module))
+        layer = recurrent.of(module, config, bits) if recurrent else fused(module, config, bits)
     if layer is not None and path:
         set_module(model, path, layer)
     else:
-        module.__dict__[WEIGHTS_LATER] = (config, runtime.weight_bits(config))
+        module.__dict__[WEIGHTS_LATER] = (config, bits)

@@ -12,6 +12,7 @@ from torchopt.quantize.attach import WEIGHTS_LATER
 from torchopt.quantize.config import Quantize
 from torchopt.quantize.fuse import activation_of
 from torchopt.quantize.modules import Fused
+from torchopt.quantize.recurrent import QuantizedRecurrent
 from torchopt.quantize.weight_grid import along, weight_scale
 from torchopt.surgery import set_module
 from torchopt.weights import weights
@@ -30,7 +31,7 @@ def bake(model: nn.Module) -> nn.Module:
     if isinstance(model, fx.GraphModule):
         _bake_activations(model)
     for name, module in list(model.named_modules()):
-        if isinstance(module, Fused):
+        if isinstance(module, Fused | QuantizedRecurrent):
             set_module(model, name, module.bake())
         elif isinstance(module, ActivationQuantizer):
             scale, zero_point = module.calculate_qparams()

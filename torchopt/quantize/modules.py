@@ -25,10 +25,9 @@ from torchopt.quantize.weight_grid import (
     Codes,
     Snap,
     along,
-    looks_shared,
     lsq,
     lsq_start,
-    stands_on_table,
+    settle,
     weight_scale,
 )
 from torchopt.surgery import batch_norm_affine
@@ -99,7 +98,7 @@ class Fused(nn.Module):
         """Return the scale of the weight's grid before batch norm: shape (channels,), or () when per tensor."""
         if self.config.learn_scale:
             return self.weight_scale.abs().clamp(min=SMALLEST_SCALE)
-        if not self.config.per_channel or stands_on_table(self, "weight") or looks_shared(self, w):
+        if not self.config.per_channel or settle(self, "weight"):
             return weight_scale(w, self.qmax, None)
         return weight_scale(w, self.qmax, self.out_axis)
 

@@ -104,21 +104,25 @@ def stands_on_table(module: nn.Module, param: str) -> bool:
     return False
 
 
-def looks_shared(module: nn.Module, w: torch.Tensor) -> bool:
-    """True where a tensor has few distinct values, each used 8 times on average: a baked table, found once per module.
+def settle(module: nn.Module, param: str) -> bool:
+    """Decide, once, whether a weight has one scale for the whole tensor because its values are shared, and remember it.
 
-    Under a trainable table the answer is in `stands_on_table`; a plain trainable weight moves, and is looked at once.
+    The K values of a table stay K integers only on a grid per tensor: batch norm then gives each channel a scale of its own, and the
+    integers stay the same. Decided when a table stands on the weight, or when a baked one is found in its values (few distinct
+    values, each used 8 times on average); what training does to a plain weight afterwards changes nothing.
     """
-    known = module.__dict__.get("_shares")
-    if known is None:
-        used = w.detach().flatten()
-        used = used[used != 0]
-        few = 256
-        probe = used[: 16 * few].unique()
-        count = probe.numel() if probe.numel() > few else used.unique().numel()
-        known = 1 < count <= few and used.numel() >= 8 * count
-        module.__dict__["_shares"] = known
-    return bool(known)
+    known: dict[str, bool] = module.__dict__.setdefault("_shares", {})
+    if param not in known:
+        known[param] = stands_on_table(module, param) or _looks_shared(getattr(module, param))
+    return known[param]
+
+
+def _looks_shared(w: torch.Tensor, few: int = 256) -> bool:
+    used = w.detach().flatten()
+    used = used[used != 0]
+    probe = used[: 16 * few].unique()
+    count = probe.numel() if probe.numel() > few else used.unique().numel()
+    return 1 < count <= few and used.numel() >= 8 * count
 
 
 def lsq_start(w: torch.Tensor, qmax: int, axis: int | None) -> torch.Tensor:

@@ -8,9 +8,10 @@ line in `make`.
 from __future__ import annotations
 
 from torchopt.errors import ConfigError
+from torchopt.quantize.observers.distribution import Distribution, Entropy, MeanSquaredError, Percentile
 from torchopt.quantize.observers.minmax import MinMax, MovingAverage, Observer
 
-__all__ = ["MinMax", "MovingAverage", "Observer", "make"]
+__all__ = ["Distribution", "Entropy", "MeanSquaredError", "MinMax", "MovingAverage", "Observer", "Percentile", "make"]
 
 
 def make(name: str, *, quant_min: int, quant_max: int, symmetric: bool) -> Observer:
@@ -34,4 +35,12 @@ def make(name: str, *, quant_min: int, quant_max: int, symmetric: bool) -> Obser
             return MinMax()
         case "moving_average":
             return MovingAverage()
-    raise ConfigError(f"Quantize.observer: {name!r} is not available; choose 'minmax' or 'moving_average'")
+        case "percentile":
+            return Percentile()
+        case "histogram" | "mse":
+            return MeanSquaredError(levels=quant_max - quant_min)
+        case "entropy":
+            return Entropy(levels=quant_max - quant_min)
+    raise ConfigError(
+        f"Quantize.observer: {name!r} is not available; choose 'minmax', 'moving_average', 'percentile', 'mse' or 'entropy'"
+    )

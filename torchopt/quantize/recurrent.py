@@ -1,0 +1,79 @@
+"""Recurrent layers on integer weight grids: every gate's weights are rounded in each call, activations stay float."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from torchopt.grid import set_grid
+from torchopt.quantize.config import Quantize
+from torchopt.quantize.weight_grid import Snap, along, settle, weight_scale
+
+
+class QuantizedRecurrent(nn.Module):
+    """Mixed in before `nn.LSTM`, `nn.GRU` and `nn.RNN`; weights keep their names."""
+
+    config: Quantize
+    bits: int
+    _flat_weights: list[Any]
+    _flat_weights_names: list[str]
+
+    @classmethod
+    def of(cls, layer: nn.Module, config: Quantize, bits: int) -> QuantizedRecurrent:
+        """Return a quantized layer that takes over the parameters of a float one."""
+        quantized = cls.__new__(cls)
+        quantized.__dict__.update({k: v.copy() if isinstance(v, dict | list) else v for k, v in layer.__dict__.items()})
+        quantized.__dict__.update(config=config, bits=bits)
+        return quantized
+
+    def scale(self, param: str) -> torch.Tensor:
+        """Return the scale of one weight: (rows,), or () when per tensor."""
+        axis = 0 if self.config.per_channel and not settle(self, param) else None
+        return weight_scale(getattr(self, param), 2 ** (self.bits - 1) - 1, axis)
+
+    def snapped(self, param: str) -> torch.Tensor:
+        """Return one weight on its grid."""
+        w, scale = getattr(self, param), self.scale(param)
+        return cast(torch.Tensor, Snap.apply(w, along(scale, w.dim(), 0), 2 ** (self.bits - 1) - 1, False))
+
+    def forward(self, *args: Any) -> Any:
+        """Run the layer on its rounded weights."""
+        floats = self._flat_weights
+        names = self._flat_weights_names
+        self._flat_weights = [self.snapped(n) if n.startswith("weight") else w for n, w in zip(names, floats, strict=True)]
+        try:
+            return super().forward(*args)
+        finally:
+            self._flat_weights = floats
+
+    def bake(self) -> nn.Module:
+        """Return the plain layer with its weights on their grids."""
+        base = next(c for c in type(self).__mro__ if c.__module__.startswith("torch.nn.") and c is not nn.Module)
+        plain = cast(nn.Module, base.__new__(base))
+        plain.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("config", "bits", "_shares")})
+        for param in [n for n in self._flat_weights_names if n.startswith("weight")]:
+            scale, snapped = self.scale(param), self.snapped(param)
+            setattr(plain, param, nn.Parameter(snapped.detach()))
+            set_grid(plain, param, scale, self.bits, 0 if scale.dim() else None)
+        return plain
+
+
+class QuantizedLSTM(QuantizedRecurrent, nn.LSTM):
+    """An LSTM on integer weight grids."""
+
+
+class QuantizedGRU(QuantizedRecurrent, nn.GRU):
+    """A GRU on integer weight grids."""
+
+
+class QuantizedRNN(QuantizedRecurrent, nn.RNN):
+    """A plain RNN on integer weight grids."""
+
+
+RECURRENT: dict[type[nn.Module], type[QuantizedRecurrent]] = {
+    nn.LSTM: QuantizedLSTM,
+    nn.GRU: QuantizedGRU,
+    nn.RNN: QuantizedRNN,
+}
