@@ -8,7 +8,7 @@ candidate against the dense network burst by burst, and keeps the one nearest be
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from torch import nn
 from torchopt.errors import ConfigError, TargetError
 from torchopt.export import export
 from torchopt.prune.shrink_channels import check_importance, count_macs, remove_channels
+from torchopt.prune.shrink_outputs import Prunable
 from torchopt.runtime import benchmark
 
-STEPS = 9  # bisections: the ratio is known to 1/512
+STEPS = 7  # bisections: the ratio is known to 1/128
 WITHIN = 0.05  # a latency within 5 % below the goal is good enough
 HIGHEST = 0.95
 
@@ -69,7 +70,7 @@ def shrink(
     check_importance(importance)
     multiple = round_to if round_to is not None else 16 if max_latency_ms is not None else 8
 
-    def cut(share: float) -> nn.Module:
+    def cut(share: float, ratios: Mapping[str, float] | None = None) -> nn.Module:
         return remove_channels(
             model,
             example_inputs,
@@ -79,6 +80,7 @@ def shrink(
             ignore=ignore,
             global_ranking=global_ranking,
             isomorphic=isomorphic,
+            ratios=ratios,
         )
 
     if ratio is not None:
@@ -118,9 +120,7 @@ def _to_macs(cut: Callable[[float], nn.Module], inputs: tuple[Any, ...], goal: i
     return best
 
 
-def _to_latency(
-    model: nn.Module, cut: Callable[[float], nn.Module], inputs: tuple[Any, ...], goal: float, threads: int
-) -> nn.Module:
+def _to_latency(model: nn.Module, cut: Callable[..., nn.Module], inputs: tuple[Any, ...], goal: float, threads: int) -> nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "dense.onnx"
         export(model, inputs, dense, pack=False)
@@ -134,25 +134,36 @@ def _to_latency(
 
         if stand <= goal:
             return cut(0.0)
-        return _bisect(cut, latency, goal)
+        names = [name for name, module in model.named_modules() if isinstance(module, Prunable)]
+        return _bisect(cut, latency, goal, names)
 
 
-def _bisect(cut: Callable[[float], nn.Module], latency: Callable[[nn.Module], float], goal: float) -> nn.Module:
-    """The slowest candidate that meets the goal; the search ends early within 2.5 % of it."""
+def _bisect(
+    cut: Callable[..., nn.Module], latency: Callable[[nn.Module], float], goal: float, names: Sequence[str] = ()
+) -> nn.Module:
+    """The slowest candidate that meets the goal; the search ends early within 2.5 % of it.
+
+    Rounded to 16, all layers of one width change at the same ratio: a step of latency larger than 5 %. So the last steps lie within
+    it: the first k of the layers `names` at the ratio that is too slow, the others at the one that is fast enough.
+    """
     smallest = cut(HIGHEST)
     best = (latency(smallest), smallest)
     if best[0] > goal:
         raise TargetError(f"shrink: max_latency_ms={goal:.4g} cannot be reached; the fastest found takes {best[0]:.4g} ms")
     low, high = 0.0, HIGHEST
     for _ in range(STEPS):
+        if best[0] >= goal * (1 - WITHIN / 2):
+            return best[1]
         middle = (low + high) / 2
         candidate = cut(middle)
         took = latency(candidate)
-        if took > goal:
-            low = middle
-            continue
-        high = middle
-        best = max(best, (took, candidate), key=lambda pair: pair[0])
-        if took >= goal * (1 - WITHIN / 2):
-            break
+        low, high = (middle, high) if took > goal else (low, middle)
+        best = max(best, (took, candidate), key=lambda pair: pair[0] if pair[0] <= goal else 0.0)
+    few, many = 0, len(names)
+    while many - few > 1 and best[0] < goal * (1 - WITHIN / 2):
+        middle_count = (few + many) // 2
+        candidate = cut(high, dict.fromkeys(names[:middle_count], low))
+        took = latency(candidate)
+        few, many = (few, middle_count) if took > goal else (middle_count, many)
+        best = max(best, (took, candidate), key=lambda pair: pair[0] if pair[0] <= goal else 0.0)
     return best[1]

@@ -67,7 +67,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
 
 
 def _sizes(module: nn.Module) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for attribute in SIZES:
         size = module.__dict__.get(attribute)
         if isinstance(size, int) and not isinstance(size, bool):
@@ -78,7 +78,7 @@ def _sizes(module: nn.Module) -> dict[str, Any]:
 
 
 def _resize(module: nn.Module, tensor: str, shape: list[int], name: str) -> None:
-    old = module._parameters.get(tensor)
+    old: torch.Tensor | None = module._parameters.get(tensor)
     old = module._buffers.get(tensor) if old is None else old
     if old is None or list(old.shape) == shape:
         return
