@@ -124,7 +124,7 @@ def _rebuild(fresh: nn.Module, header: Header, tensors: Mapping[str, torch.Tenso
     if "traced" not in header:
         return fresh
     for name, fields in header["traced"]["quantizers"].items():
-        fresh.add_module(name, FixedQuantize.from_description(fields))
+        fresh.add_module(name, FixedQuantize.described(fields))
     return rebuild(header["traced"]["graph"], fresh, where)
 
 

@@ -154,11 +154,11 @@ def _check_steps(prepared: nn.Module, state: State) -> None:
 
 def _refuse(model: nn.Module) -> None:
     """Refuse what cannot be prepared: not finite, prepared already, quantized already."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"prepare: {name} holds NaN or infinity; a trained, finite model is needed")
     if find_state(model) is not None:
         raise StateError("prepare: the model is prepared already; call torchopt.finalize(model) first, then prepare its result")
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"prepare: {name} holds NaN or infinity; a trained, finite model is needed")
     quantized = next(iter(grids(model)), None)
     if quantized is not None:
         raise StateError(

@@ -71,7 +71,7 @@ def _check(model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
         raise DataError(
             f"export: example_inputs is {type(example_inputs).__name__}; a tuple with the tensors of one call is needed"
         )
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for name, tensor in model.named_parameters():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"export: {name} holds NaN or infinity; export a trained, finite model")
 

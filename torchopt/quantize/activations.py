@@ -241,6 +241,20 @@ class FixedQuantize(nn.Module):
             "DequantizeLinear", [codes, self.scale, self.zero_point], dtype=torch.float32, shape=x.shape
         )
 
+    def describe(self) -> list[int]:
+        """Return what the buffers do not hold: [qmin, qmax]."""
+        return [self.qmin, self.qmax]
+
+    @classmethod
+    def described(cls, ends: list[int]) -> FixedQuantize:
+        """Return a quantizer with these ends whose buffers a state is to be loaded into.
+
+        Example:
+            >>> FixedQuantize.described([0, 255]).qmax
+            255
+        """
+        return cls(torch.ones(()), torch.zeros((), dtype=torch.int32), *ends)
+
     def codes(self, value: float) -> int:
         """Return the integer that `value` rounds to."""
         return int(self._codes(torch.tensor(value, dtype=torch.float32)))

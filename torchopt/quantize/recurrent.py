@@ -18,6 +18,7 @@ class QuantizedRecurrent(nn.Module):
     config: Quantize
     bits: int
     _flat_weights: list[Any]
+    _flat_weight_refs: list[Any]
     _flat_weights_names: list[str]
 
     @classmethod
@@ -36,17 +37,18 @@ class QuantizedRecurrent(nn.Module):
     def snapped(self, param: str) -> torch.Tensor:
         """Return one weight on its grid."""
         w, scale = getattr(self, param), self.scale(param)
-        return cast(torch.Tensor, Snap.apply(w, along(scale, w.dim(), 0), 2 ** (self.bits - 1) - 1, False))
+        return cast(torch.Tensor, Snap.apply(w, along(scale, w.dim(), 0), 2 ** (self.bits - 1) - 1, False)).contiguous()
 
     def forward(self, *args: Any) -> Any:
         """Run the layer on its rounded weights."""
-        floats = self._flat_weights
+        floats, refs = self._flat_weights, self._flat_weight_refs
         names = self._flat_weights_names
+        self._flat_weight_refs = [None] * len(names)  # else torch sees other weights than its own, and takes its own again
         self._flat_weights = [self.snapped(n) if n.startswith("weight") else w for n, w in zip(names, floats, strict=True)]
         try:
             return super().forward(*args)
         finally:
-            self._flat_weights = floats
+            self._flat_weights, self._flat_weight_refs = floats, refs
 
     def bake(self) -> nn.Module:
         """Return the plain layer with its weights on their grids."""

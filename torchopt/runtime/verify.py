@@ -30,7 +30,7 @@ class Verdict:
         weights_compared: how many were found in both.
         max_abs: largest difference of an output.
         max_relative: the same, over the largest output.
-        step: the scale of the last activation quantizer, in which the outputs are counted, or None for a float model.
+        step: 1/255 of the range of the outputs, the step of an 8-bit grid over them, or None for a float model.
         max_steps: largest difference in steps, or None for a float model.
         within_one_step: share of output entries that differ by one step at most, or None.
         top1_agreement: share of samples whose largest output is the same.
@@ -85,7 +85,7 @@ def verify(model: nn.Module, path: str | os.PathLike[str], batches: Iterable[Bat
     ours, theirs = (np.concatenate(side) for side in zip(*pairs, strict=True))
     if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
         raise DataError("verify: an output is NaN or infinite; give finite inputs")
-    return _verdict(ours, theirs, compared, different, output_step(model))
+    return _verdict(ours, theirs, compared, different, output_step(model, ours))
 
 
 def compare_weights(model: nn.Module, path: str | os.PathLike[str]) -> tuple[int, str | None]:
@@ -103,10 +103,13 @@ def compare_weights(model: nn.Module, path: str | os.PathLike[str]) -> tuple[int
     return compared, None
 
 
-def output_step(model: nn.Module) -> float | None:
-    """Return the scale of the last activation quantizer of a quantized model, the step of its logits, or None."""
-    scales = [name for name, m in model.named_modules() if type(m).__name__ == "FixedQuantize"]
-    return float(model.get_submodule(scales[-1]).get_buffer("scale")) if scales else None
+def output_step(model: nn.Module, outputs: np.ndarray) -> float | None:
+    """Return the quantization step of a quantized model's outputs: their range in 255 steps; None for a float model.
+
+    The last layer's outputs are float: an 8-bit grid over their range is what they would be rounded to.
+    """
+    quantized = any(type(m).__name__ == "FixedQuantize" for m in model.modules())
+    return float(outputs.max() - outputs.min()) / 255 if quantized else None
 
 
 @torch.no_grad()
