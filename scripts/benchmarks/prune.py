@@ -128,11 +128,12 @@ def main() -> None:
     """Measure, print the table, and write it to docs/bench."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a smoke run: few rounds, numbers not written")
+    parser.add_argument("--rounds", type=int, default=30, help="interleaved rounds of training steps")
     parser.add_argument("--masks-only", action="store_true", help="leave out the channels really removed")
     options = parser.parse_args()
     torch.set_num_threads(2)
     note("training steps of ResNet-18 …")
-    times = step_times(3 if options.quick else 30)
+    times = step_times(3 if options.quick else options.rounds)
     rows = step_rows(times)
     note("ranking ResNet-50 …")
     rows += ranking_rows(3 if options.quick else 15)
