@@ -80,6 +80,7 @@ def _absorb(traced: fx.GraphModule, node: fx.Node, layer: Fused) -> None:
         if isinstance(module, _BatchNorm) and once and module.track_running_stats:
             layer.bn = module
             _merge(traced, node, norm)
+            traced.delete_submodule(str(norm.target))  # one place for it, so that its mode is the layer's to set
     follower = _only_user(node)
     activation = activation_of(traced, follower) if follower is not None else None
     if activation is not None and follower is not None:
@@ -93,6 +94,8 @@ def _lone_norms(traced: fx.GraphModule, config: Quantize, target: Target) -> Non
         norm = traced.get_submodule(path)
         if not isinstance(norm, nn.BatchNorm2d) or not norm.track_running_stats or len(nodes) > 1:
             continue
+        if not _from_integers(traced, nodes[0]):
+            continue
         ones = nn.Conv2d(norm.num_features, norm.num_features, 1, groups=norm.num_features, bias=False)
         nn.init.ones_(ones.weight)
         ones.weight.requires_grad_(False)
@@ -101,6 +104,23 @@ def _lone_norms(traced: fx.GraphModule, config: Quantize, target: Target) -> Non
         layer.bn = norm
         set_module(traced, path, layer)
         _absorb(traced, nodes[0], layer)
+
+
+def _from_integers(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """True where all that `node` reads was last computed by quantized layers: what follows a float layer stays float."""
+    waiting, seen = list(node.all_input_nodes), set()
+    while waiting:
+        source = waiting.pop()
+        if source in seen:
+            continue
+        seen.add(source)
+        module = traced.get_submodule(str(source.target)) if source.op == "call_module" else None
+        if isinstance(module, Fused):
+            continue
+        if source.op in ("placeholder", "get_attr") or (module is not None and any(True for _ in module.parameters())):
+            return False
+        waiting += source.all_input_nodes
+    return bool(seen)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

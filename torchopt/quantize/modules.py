@@ -43,8 +43,8 @@ class Fused(nn.Module):
         act: the activation fused in, or None.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Any  # a Parameter, or what a mask and a table make of one
+    bias: Any
     config: Quantize
     bits: int
     bn: nn.Module | None
@@ -58,6 +58,7 @@ class Fused(nn.Module):
         """Return a quantized layer that takes over the parameters of a float one.
 
         Example:
+            >>> from torchopt.quantize.layers import FusedLinear
             >>> layer = nn.Linear(4, 2)
             >>> quantized = FusedLinear.of(layer, Quantize(), 8)
             >>> quantized.weight is layer.weight
@@ -162,7 +163,7 @@ class Fused(nn.Module):
     def plain(self) -> nn.Module:
         """Return the float layer that this one was made of, with its attributes and without anything of ours."""
         base = next(c for c in type(self).__mro__ if c.__module__.startswith("torch.nn."))
-        plain = cast(nn.Module, base.__new__(base))
+        plain: nn.Module = base.__new__(base)  # type: ignore[call-overload]
         ours = {"config", "bits", "rounding", "frozen", "_shares"}
         plain.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in self.__dict__.items() if k not in ours})
         plain.__dict__.update(_buffers={}, _modules={}, _parameters=dict.fromkeys(("weight", "bias")))

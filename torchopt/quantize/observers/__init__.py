@@ -8,10 +8,10 @@ line in `make`.
 from __future__ import annotations
 
 from torchopt.errors import ConfigError
-from torchopt.quantize.observers.distribution import Distribution, Entropy, MeanSquaredError, Percentile
+from torchopt.quantize.observers.distribution import Distribution, Entropy, LeastSquares, Percentile
 from torchopt.quantize.observers.minmax import MinMax, MovingAverage, Observer
 
-__all__ = ["Distribution", "Entropy", "MeanSquaredError", "MinMax", "MovingAverage", "Observer", "Percentile", "make"]
+__all__ = ["Distribution", "Entropy", "LeastSquares", "MinMax", "MovingAverage", "Observer", "Percentile", "make"]
 
 
 def make(name: str, *, quant_min: int, quant_max: int, symmetric: bool) -> Observer:
@@ -38,7 +38,7 @@ def make(name: str, *, quant_min: int, quant_max: int, symmetric: bool) -> Obser
         case "percentile":
             return Percentile()
         case "histogram" | "mse":
-            return MeanSquaredError(levels=quant_max - quant_min)
+            return LeastSquares(levels=quant_max - quant_min)
         case "entropy":
             return Entropy(levels=quant_max - quant_min)
     raise ConfigError(

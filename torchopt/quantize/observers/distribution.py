@@ -60,7 +60,7 @@ class Percentile(Distribution):
         return percentile_range(self.histogram)
 
 
-class MeanSquaredError(Distribution):
+class LeastSquares(Distribution):
     """The range with the least mean squared error of rounding and clipping, at `levels` steps."""
 
     def __init__(self, levels: int) -> None:
@@ -72,7 +72,7 @@ class MeanSquaredError(Distribution):
         return mse_range(self.histogram, self.levels)
 
 
-class Entropy(MeanSquaredError):
+class Entropy(LeastSquares):
     """The range whose rounded distribution diverges least from the true one, at `levels` steps."""
 
     def choose(self) -> Range:
