@@ -176,7 +176,8 @@ def _plain(value: Any) -> Any:
     if not dataclasses.is_dataclass(value):
         return value
     set_fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if getattr(value, f.name) != f.default}
-    kind = {"kind": value.kind} if isinstance(getattr(type(value), "kind", None), str) else {}
+    name = getattr(type(value), "kind", None)
+    kind = {"kind": name} if isinstance(name, str) else {}
     return kind | {name: _plain(v) for name, v in set_fields.items()}
 
 

@@ -207,7 +207,8 @@ def _replace(model: ir.Model, value: ir.Value, encoding: Encoding, opset: int, t
     inputs = [_initializer(graph, data, taken) for data in _arrays(encoding)]
     node = ir.Node(DOMAIN, function_name(encoding), inputs, list(_attributes(encoding)))
     output = node.outputs[0]
-    output.name, output.shape, output.dtype = name, value.shape, value.dtype
+    output.name, output.shape = name, value.shape
+    output.dtype = value.dtype  # type: ignore[assignment]
     first = next(iter(graph))
     graph.insert_before(first, node)
     for user, index in users:
@@ -261,7 +262,7 @@ def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol, taken: set[str]) ->
     name = f"_{number:x}"
     taken.add(name)
     value = ir.Value(name=name, const_value=tensor)
-    value.shape, value.dtype = ir.Shape(tensor.shape), tensor.dtype
+    value.shape, value.dtype = ir.Shape(tensor.numpy().shape), tensor.dtype
     graph.register_initializer(value)
     return value
 

@@ -105,12 +105,19 @@ def decode(encoding: Encoding) -> np.ndarray:
         codes = encoding.codes.astype(np.int64)
     else:
         codes = np.zeros(count, dtype=np.int64)
-        codes[kept] = {"raw": np.arange(1, len(kept) + 1), "one": 1}.get(encoding.values, encoding.codes.astype(np.int64) + 1)
+        codes[kept] = _symbols(encoding, len(kept))
         zero = np.zeros((*table.shape[:-1], 1), dtype=table.dtype)
         table = np.concatenate([zero, table], axis=-1)
     if encoding.values == "channel":
         return np.take_along_axis(table, codes.reshape(len(table), -1), axis=1).reshape(encoding.shape)
     return table[codes].reshape(encoding.shape)  # type: ignore[no-any-return]
+
+
+def _symbols(encoding: Encoding, count: int) -> np.ndarray:
+    """What stands for each nonzero in a table that begins with zero."""
+    if encoding.values == "raw":
+        return np.arange(1, count + 1)
+    return np.ones(count, np.int64) if encoding.values == "one" else encoding.codes.astype(np.int64) + 1
 
 
 def _kept(encoding: Encoding, count: int) -> np.ndarray | None:

@@ -72,7 +72,7 @@ class FusedConvTranspose3d(_Transposed, nn.ConvTranspose3d):
 class FusedEmbedding(Fused, nn.Embedding):
     """An embedding on an integer weight grid, one scale a row."""
 
-    bias = None  # type: ignore[assignment]
+    bias = None
 
     def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The rows that `x` names."""

@@ -53,7 +53,7 @@ class QuantizedRecurrent(nn.Module):
     def bake(self) -> nn.Module:
         """Return the plain layer with its weights on their grids."""
         base = next(c for c in type(self).__mro__ if c.__module__.startswith("torch.nn.") and c is not nn.Module)
-        plain = cast(nn.Module, base.__new__(base))
+        plain: nn.Module = base.__new__(base)  # type: ignore[call-overload]
         plain.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("config", "bits", "_shares")})
         for param in [n for n in self._flat_weights_names if n.startswith("weight")]:
             scale, snapped = self.scale(param), self.snapped(param)

@@ -35,7 +35,7 @@ class QuantizableGraph(fx.GraphModule):
     """A graph module whose deep copies keep submodules that the graph does not call, such as torchopt's step counter."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizableGraph:
-        twin = super().__deepcopy__(memo)
+        twin: Any = super().__deepcopy__(memo)
         for name, module in self._modules.items():
             if name not in twin._modules:
                 twin.add_module(name, copy.deepcopy(module, memo))

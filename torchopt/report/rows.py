@@ -96,9 +96,9 @@ class Report:
             )
             table.add_row(row.name, shape, *cells, " ".join(row.techniques))
         totals = self.totals
-        cells = (f"{totals['sparsity']:.1%}", "", f"{totals['bits']:.2f}", f"{totals['bytes']:,}", "", "")
+        sums = (f"{totals['sparsity']:.1%}", "", f"{totals['bits']:.2f}", f"{totals['bytes']:,}", "", "")
         table.add_section()
-        table.add_row("total", f"{totals['weights']:,} weights", *cells)
+        table.add_row("total", f"{totals['weights']:,} weights", *sums)
         console = Console(width=130)
         with console.capture() as capture:
             console.print(table)
