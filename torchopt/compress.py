@@ -74,7 +74,7 @@ def attach(
     ready, plan = copy.deepcopy(model), plan_of(model)
     assigned = assign(ready, rules)
     ready = _attach_scales(ready, assigned, example_inputs, target)
-    skipped = _attach(ready, assigned, found)
+    skipped = _left_float(ready, assigned) + _attach(ready, assigned, found)
     quantization.settle_scales(ready)
     state = State(rules, [a.weight.name for a in assigned], target, _signature(example_inputs), found, skipped, plan)
     ready.add_module(ATTRIBUTE, state)
@@ -174,6 +174,13 @@ def _attach_scales(
     if not assignment:
         return model
     return quantization.attach(model, assignment, example_inputs, target=target)
+
+
+def _left_float(model: nn.Module, assigned: Sequence[Assigned]) -> list[Skipped]:
+    """Layers that the rules quantize but the traced graph does not call as layers of a known class."""
+    assignment = {a.weight.module_name: a.rule.quantize for a in assigned if a.rule.quantize is not None}
+    reason = "the traced graph does not call it as a layer of a known class; it stays float (mode='weight_only' reaches it)"
+    return [Skipped(name=path, technique="quantize", reason=reason) for path in quantization.left_float(model, assignment)]
 
 
 def _attach(model: nn.Module, assigned: Sequence[Assigned], found: Mapping[str, Left]) -> list[Skipped]:

@@ -5,7 +5,7 @@ import warnings
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # torch.ao announces its removal on import; the announcement is known
     from torchopt.quantize.activations import ActivationQuantizer, FixedQuantize
-    from torchopt.quantize.attach import attach, calibrate, observes, settle_scales, synchronize, update
+    from torchopt.quantize.attach import attach, calibrate, left_float, observes, settle_scales, synchronize, update
     from torchopt.quantize.bake import bake
     from torchopt.quantize.config import Quantize
 
@@ -16,6 +16,7 @@ __all__ = [
     "attach",
     "bake",
     "calibrate",
+    "left_float",
     "observes",
     "settle_scales",
     "synchronize",

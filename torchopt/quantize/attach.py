@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from torchopt.batches import Batch, model_inputs
-from torchopt.errors import ConfigError, DataError, ModelError, StateError
+from torchopt.errors import DataError, ModelError, StateError
 from torchopt.progress import track
 from torchopt.quantize.activations import ActivationQuantizer
 from torchopt.quantize.config import Quantize
@@ -51,8 +51,6 @@ def attach(
     runtime = target_named(target)
     static = {path: config for path, config in assignment.items() if config.mode == "static"}
     for path, config in assignment.items():
-        if config.mode == "dynamic":
-            raise ConfigError(f"{path}: Quantize.mode='dynamic' is not available yet; use 'static' or 'weight_only'")
         if config.mode != "static":
             _weights_only(model, path, config, runtime)
     return _static(model, static, example_inputs, runtime) if static else model
@@ -73,6 +71,15 @@ def update(model: nn.Module, step: int) -> bool:
         if step == norms and isinstance(part, Fused) and part.bn is not None:
             part.freeze_bn()
     return bool(parts)
+
+
+def left_float(model: nn.Module, assignment: dict[str, Quantize]) -> list[str]:
+    """Return the paths of assigned modules that nothing stands for: they stay float, and the report says so."""
+    modules = dict(model.named_modules())
+    kinds = Fused | QuantizedRecurrent
+    return [
+        p for p in assignment if not (p in modules and (isinstance(modules[p], kinds) or WEIGHTS_LATER in modules[p].__dict__))
+    ]
 
 
 def settle_scales(model: nn.Module) -> None:

@@ -16,6 +16,13 @@ from torchopt.errors import ConfigError, nearest
 
 MODES = ("static", "dynamic", "weight_only", "float16")
 OBSERVERS = ("minmax", "moving_average", "histogram", "percentile", "mse", "entropy")
+NOT_YET: dict[str, object] = {
+    "mode": "dynamic",
+    "rounding": "adaptive",
+    "equalize": True,
+    "bias_correction": True,
+    "fallback": "auto",
+}  # named in the public contract; refused rather than ignored
 ROUNDINGS = ("nearest", "adaptive")
 
 
@@ -72,16 +79,16 @@ class Quantize:
         _check("fallback", self.fallback, self.fallback in (None, "auto"), "'auto' or None")
         _check_milestones(self.milestones)
         self._check_combination()
+        for name, later in NOT_YET.items():
+            if getattr(self, name) == later:
+                raise ConfigError(f"Quantize.{name}: {later!r} is not available yet; leave it out")
 
     def _check_combination(self) -> None:
         block = self.block_size
         fine = block is None or (_is_int(block) and block >= 16 and block & (block - 1) == 0)
         _check("block_size", block, fine, "a power of two of at least 16, or None")
-        if block is not None and (self.mode, self.weight_bits) != ("weight_only", 4):
-            raise ConfigError(
-                f"Quantize.block_size: {block} with mode={self.mode!r}, weight_bits={self.weight_bits}; "
-                "blocks need mode='weight_only', weight_bits=4"
-            )
+        if block is not None:
+            raise ConfigError(f"Quantize.block_size: {block} is not available yet; leave it out, one scale a channel is used")
         if self.mode == "float16" and (self.learn_scale or self.rounding != "nearest" or self.weight_bits != 8):
             raise ConfigError(
                 "Quantize.mode: 'float16' has no scales and no bits; leave weight_bits, rounding and learn_scale out"
