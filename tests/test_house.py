@@ -122,8 +122,9 @@ def test_readme_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     blocks = _blocks(ROOT / "README.md", "python")
     assert blocks, "README.md shows no Python"
+    names = {"__name__": "readme"}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+        exec(compile(block, "README.md", "exec"), names)  # a later block goes on where an earlier one ended
 
 
 def test_readme_commands_name_what_exists() -> None:

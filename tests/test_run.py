@@ -71,16 +71,16 @@ def test_the_report_has_what_the_contract_names(straight: tuple[Path, list[Path]
     assert report["latency_ms"]["final"] > 0
     assert report["verify"]["weights_equal"] is True
     assert report["verify"]["top1_agreement"] >= 0.99
-    assert report["verify"]["weights_compared"] == 12
+    assert report["verify"]["weights_compared"] == 10
     assert report["placement"]["float"] == []
-    assert len(report["placement"]["integer"]) == 12
+    assert len(report["placement"]["integer"]) == 10
     assert [s["name"] for s in report["stages"]] == ["float", "compressed"]
     layers = {row["name"]: row for row in report["layers"]}
     dense = layers["features.3.first.conv.weight"]
     assert dense["shape"] == [24, 24, 3, 3]
     assert dense["sparsity"] == pytest.approx(0.6, abs=0.01)
     assert dense["distinct_values"] <= 16
-    assert dense["bits"] == 8
+    assert dense["bits"] <= 3.0  # a weight, as it is stored
     assert dense["bytes"] > 0
 
 
@@ -238,7 +238,7 @@ def test_a_run_without_compression_and_one_in_one_shot(tmp_path: Path) -> None:
 
 def test_rows_of_check() -> None:
     rows = matched(parse(TINY).recipe)
-    assert len(rows) == 12
+    assert len(rows) == 10
     assert rows[0] == {
         "stage": "compressed",
         "weight": "features.0.conv.weight",

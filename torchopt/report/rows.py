@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import nn
 
 from torchopt.export.decoders import DOMAIN
-from torchopt.export.pack import decode_initializers, read
+from torchopt.export.pack import read, unpack_model
 from torchopt.grid import Grid, grids
 from torchopt.state import find_state
 from torchopt.weights import Skipped, Weight, is_pruned, weights
@@ -34,7 +34,7 @@ class Row:
         name: as in the `state_dict`.
         shape: of the dense tensor.
         sparsity: fraction of zeros, in [0, 1].
-        distinct_values: how many different values it holds.
+        distinct_values: how many different values it holds; different integers, where it lies on an integer grid.
         bits: bits a weight, as stored.
         bytes: as stored.
         entropy_bits: order-0 entropy of the values, bits a weight.
@@ -147,14 +147,15 @@ def _of_model(model: nn.Module) -> Report:
 def _weight_row(weight: Weight, known: Mapping[str, Grid]) -> Row:
     value = weight.value.detach().cpu().float().numpy()
     grid = known.get(weight.name)
+    symbols = value if grid is None else grid.codes(weight.value.detach()).cpu().numpy()
     size = value.nbytes if grid is None else -(-value.size * grid.bits // 8) + 4 * grid.scale.numel()
     standing = ("masked",) if is_pruned(weight.module, weight.param) else ()
-    return _row(weight.name, value, size, grid.bits if grid else None, standing)
+    return _row(weight.name, symbols, size, grid.bits if grid else None, standing)
 
 
 def _of_file(path: Path) -> Report:
-    values = decode_initializers(path)
     model = read(path)
+    values = _symbols(path)
     stored: dict[str, tuple[int, int | None]] = {}
     for name, value in model.graph.initializers.items():
         stored[name] = (value.const_value.nbytes if value.const_value is not None else 0, _bits(value.dtype))
@@ -163,10 +164,17 @@ def _of_file(path: Path) -> Report:
             parts = [v for v in node.inputs if v is not None and v.const_value is not None]
             size = sum(v.const_value.nbytes for v in parts if v.const_value is not None)
             stored[str(node.outputs[0].name)] = (size, _bits(parts[-1].dtype))
-    rows = [
-        _row(name, v, *stored[name], ()) for name, v in values.items() if v.ndim > 1 and v.dtype == np.float32 and name in stored
-    ]
+    rows = [_row(name, v, *stored[name], ()) for name, v in values.items() if v.ndim > 1 and name in stored]
     return Report(rows=rows, skipped=[])
+
+
+def _symbols(path: Path) -> dict[str, np.ndarray]:
+    """The unpacked weights of a file, integers as integers."""
+    model = read(path)
+    unpack_model(model, str(path))
+    kept = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8, ir.DataType.UINT8}
+    constants = model.graph.initializers.items()
+    return {name: v.const_value.numpy() for name, v in constants if v.const_value is not None and v.dtype in kept}
 
 
 def _bits(dtype: ir.DataType | None) -> int | None:
@@ -174,6 +182,7 @@ def _bits(dtype: ir.DataType | None) -> int | None:
 
 
 def _row(name: str, value: np.ndarray, size: int, bits: int | None, standing: tuple[str, ...]) -> Row:
+    """A row from a weight's symbols: its integers where it has a grid, else its values."""
     zeros, distinct = float((value == 0).mean()), len(np.unique(value))
     seen = list(standing)
     if zeros > 0.05 and "masked" not in seen:
