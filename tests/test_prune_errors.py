@@ -208,7 +208,7 @@ def test_public_verbs_refuse_frozen_and_missing_parameters_and_leave_the_model_u
 
 
 def test_equal_configurations_are_equal_and_hashable():
-    make = lambda: Prune(schedule=PolynomialDecay(final_sparsity=0.8, end_step=10), pattern="block", block_size=[2, 4])  # noqa: E731
+    make = lambda: Prune(schedule=PolynomialDecay(final_sparsity=0.8, end_step=10), pattern="block", block_size=[2, 4])
     assert make() == make()
     assert hash(make()) == hash(make())
     assert make().block_size == (2, 4)

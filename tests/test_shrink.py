@@ -72,14 +72,14 @@ def test_small_net(tmp_path):
 
 @pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x1_0"])
 def test_torchvision(name, tmp_path):
-    build = lambda: torchvision.models.get_model(name, weights=None)  # noqa: E731
+    build = lambda: torchvision.models.get_model(name, weights=None)
     check(alive(build()), torch.randn(2, 3, 64, 64), tmp_path, build)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family(name, tmp_path):
-    build = lambda: torchvision.models.get_model(name, weights=None)  # noqa: E731
+    build = lambda: torchvision.models.get_model(name, weights=None)
     check(alive(build()), torch.randn(2, 3, 224, 224), tmp_path, build)
 
 
@@ -121,10 +121,10 @@ def test_max_macs_is_met_closely():
 def test_the_slowest_candidate_below_a_latency_goal_is_found():
     model = torchvision.models.resnet18(weights=None).eval()
     x = torch.randn(1, 3, 64, 64)
-    latency = lambda candidate: count_macs(candidate, (x,))[0] / 1e6  # noqa: E731 - a clock without noise
+    latency = lambda candidate: count_macs(candidate, (x,))[0] / 1e6
     goal = 0.5 * latency(model)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    cut = lambda ratio, ratios=None: remove_channels(model, (x,), ratio, round_to=16, ratios=ratios)  # noqa: E731
+    cut = lambda ratio, ratios=None: remove_channels(model, (x,), ratio, round_to=16, ratios=ratios)
     found = _bisect(cut, latency, goal, names)
     assert 0.95 * goal <= latency(found) <= goal
     assert found.layer2[0].conv1.out_channels % 16 == 0

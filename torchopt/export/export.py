@@ -182,7 +182,9 @@ def _bytes(graph: ir.Model) -> bytes:
         ModelError: more than protobuf's 2 GB.
     """
     try:
-        return bytes(ir.to_proto(graph).SerializeToString())
+        proto = ir.to_proto(graph)
+        proto.graph.ClearField("value_info")  # every runtime infers the shapes between nodes; in a small file they are a tenth
+        return bytes(proto.SerializeToString())
     except Exception as error:  # google.protobuf.message.EncodeError or a ValueError, by version
         raise ModelError(f"export: the graph cannot be serialized (protobuf holds at most 2 GB): {str(error)[:200]}") from error
 
