@@ -165,13 +165,21 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
 _PEAK = """
 import resource, sys
 from torchopt.runtime.session import random_inputs, session
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def now():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+def highest():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+before, old = now(), highest()
 s = session(sys.argv[1]); s.run(None, random_inputs(s))
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(max(now(), highest() if highest() > old else 0) - before)
 """
 
 
 def _peak(path: str | os.PathLike[str]) -> int | None:
-    """Bytes by which loading and running the file once raises a fresh process's peak memory; None where that is unknown."""
+    """Bytes by which loading and running the file once raises a fresh process's memory at most; None where unknown (not Linux)."""
     done = subprocess.run([sys.executable, "-c", _PEAK, str(path)], capture_output=True, text=True, check=False)
     return int(done.stdout) if done.returncode == 0 else None
