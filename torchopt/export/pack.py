@@ -6,6 +6,7 @@ has the initializer's old name; nothing else in the graph changes. `unpack` find
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Iterator
@@ -18,12 +19,13 @@ import onnx
 import onnx_ir as ir
 
 from torchopt.errors import FileError, ModelError
-from torchopt.export.decoders import DOMAIN, function, function_name
+from torchopt.export.decoders import DOMAIN, FUNCTION_BYTES, function, function_name
 from torchopt.files import atomic_path
-from torchopt.packing import Encoding, decode, encode, from_planes, to_planes
+from torchopt.packing import Encoding, decode, encode, entropy_bytes, from_parts, to_parts
 
 PACKABLE = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT32}
-OLDEST_OPSET = 21  # UINT4 codes
+OLDEST_OPSET = 18  # BitwiseAnd, BitwiseOr
+SMALLEST = 256  # bytes of a tensor below which no encoding pays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,7 @@ def pack(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> PackReport
 
     Raises:
         FileError: `src` is missing or no ONNX file, or `dst` cannot be written.
-        ModelError: the model's opset is older than 21, which has no four-bit integers.
+        ModelError: the model's opset is older than 18, which has no bitwise operators.
     """
     model = read(src)
     report = pack_model(model)
@@ -108,32 +110,30 @@ def pack_model(model: ir.Model) -> PackReport:
     """Pack the weights of `model` in place.
 
     Raises:
-        ModelError: the opset is older than 21.
+        ModelError: the opset is older than 18.
     """
     opset = model.opset_imports.get("", 0)
     if opset < OLDEST_OPSET:
-        raise ModelError(f"pack: the model has opset {opset}; convert it to {OLDEST_OPSET} or later, which has four-bit integers")
-    report = PackReport()
-    taken = set(model.graph.initializers)
-    outputs = {id(v) for v in (*model.graph.outputs, *model.graph.inputs)}
-    for name, value in list(model.graph.initializers.items()):
-        if id(value) in outputs or value.dtype not in PACKABLE or value.const_value is None or not list(value.uses()):
+        raise ModelError(f"pack: the model has opset {opset}; convert it to {OLDEST_OPSET} or later, which has bitwise operators")
+    rows: dict[str, PackedTensor] = {}
+    names = _Names(model)
+    fixed = {id(v) for v in (*model.graph.outputs, *model.graph.inputs)}
+    weights = [v for v in model.graph.initializers.values() if id(v) not in fixed and _packable(v)]
+    order = [str(v.name) for v in weights]
+    for value in sorted(weights, key=lambda v: -v.const_value.nbytes):  # type: ignore[union-attr]  # the largest choose the decoders
+        dense = value.const_value.numpy()  # type: ignore[union-attr]
+        encoding = encode(dense, lambda e: 0 if _key(e) in model.functions else FUNCTION_BYTES)
+        if encoding is None:
             continue
-        dense = value.const_value.numpy()
-        encoding = encode(dense)
-        if encoding is not None:
-            _replace(model, value, encoding, opset, taken)
-            entropy = entropy_bytes(dense)
-            report.rows.append(
-                PackedTensor(
-                    name=name,
-                    codec=encoding.name,
-                    dense_bytes=dense.nbytes,
-                    packed_bytes=encoding.payload_bytes,
-                    entropy_bytes=entropy,
-                )
-            )
-    return report
+        rows[str(value.name)] = PackedTensor(
+            name=str(value.name),
+            codec=encoding.name,
+            dense_bytes=dense.nbytes,
+            packed_bytes=encoding.payload_bytes,
+            entropy_bytes=entropy_bytes(dense, encoding),
+        )
+        _replace(model, value, encoding, opset, names)
+    return PackReport(rows=[rows[name] for name in order if name in rows])
 
 
 def unpack_model(model: ir.Model, where: str) -> None:
@@ -143,9 +143,11 @@ def unpack_model(model: ir.Model, where: str) -> None:
         FileError: a packed weight is damaged.
     """
     for node in [n for n in model.graph if n.domain == DOMAIN]:
+        if len(node.outputs) != 1:
+            raise FileError(f"{where}: the packed weight of node {node.name!r} is damaged ({len(node.outputs)} outputs)")
         try:
             dense = decode(_read_encoding(node))
-        except (KeyError, ValueError, IndexError, TypeError, AttributeError, AssertionError) as error:
+        except (KeyError, ValueError, IndexError, TypeError, AttributeError, AssertionError, OverflowError, MemoryError) as error:
             raise FileError(f"{where}: the packed weight {node.outputs[0].name} is damaged ({error})") from error
         output = node.outputs[0]
         initializer = ir.Value(name=output.name, const_value=ir.tensor(dense, name=output.name))
@@ -164,11 +166,45 @@ def unpack_model(model: ir.Model, where: str) -> None:
     model.opset_imports.pop(DOMAIN, None)
 
 
-def entropy_bytes(value: np.ndarray) -> int:
-    """Return the order-0 entropy bound of the values' codes, in bytes, plus the bytes of a table of the distinct values."""
-    _, counts = np.unique(value.reshape(-1).view(f"u{value.dtype.itemsize}"), return_counts=True)
-    share = counts / counts.sum()
-    return math.ceil(value.size * float(-(share * np.log2(share)).sum()) / 8) + len(counts) * value.dtype.itemsize
+def _packable(value: ir.Value) -> bool:
+    """A weight: of a known type, read by nodes, none of which is a decoder of ours (a packed file stays as it is)."""
+    tensor, users = value.const_value, list(value.uses())
+    if tensor is None or tensor.dtype not in PACKABLE or not users or tensor.nbytes <= SMALLEST:
+        return False
+    return all(user.domain != DOMAIN for user, _ in users)
+
+
+class _Names:
+    """Short names that nothing in the model has, subgraphs included; equal constants get the same one."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.taken = {str(v.name) for v in (*model.graph.inputs, *model.graph.initializers.values())}
+        self.known: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+        for node in ir.traversal.RecursiveGraphIterator(model.graph):
+            self.taken.update(str(v.name) for v in (*node.inputs, *node.outputs) if v is not None)
+            for attribute in node.attributes.values():
+                graphs = [attribute.as_graph()] if attribute.type == ir.AttributeType.GRAPH else []
+                self.taken.update(str(v.name) for g in graphs for v in (*g.inputs, *g.initializers.values()))
+        self.number = 0
+
+    def constant(self, graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+        """Return an initializer that holds `tensor`, a new one or an equal one of an earlier call."""
+        array = tensor.numpy()
+        key = (str(tensor.dtype), tuple(array.shape), hashlib.sha256(tensor.tobytes()).digest())
+        if key not in self.known:
+            while f"_{self.number:x}" in self.taken:
+                self.number += 1
+            value = ir.Value(
+                name=f"_{self.number:x}", const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype)
+            )
+            self.taken.add(str(value.name))
+            graph.register_initializer(value)
+            self.known[key] = value
+        return self.known[key]
+
+
+def _key(encoding: Encoding) -> tuple[str, str, str]:
+    return DOMAIN, function_name(encoding), ""
 
 
 def read(path: str | os.PathLike[str]) -> ir.Model:
@@ -191,20 +227,24 @@ def read(path: str | os.PathLike[str]) -> ir.Model:
 
 
 def _write(model: ir.Model, path: str | os.PathLike[str]) -> None:
+    try:
+        data = ir.to_proto(model).SerializeToString()
+    except Exception as error:  # google.protobuf.message.EncodeError or a ValueError, by version
+        raise ModelError(f"{path}: cannot be one file (protobuf holds at most 2 GB): {str(error)[:200]}") from error
     with atomic_path(path) as temporary:
-        temporary.write_bytes(ir.to_proto(model).SerializeToString())
+        temporary.write_bytes(data)
 
 
-def _replace(model: ir.Model, value: ir.Value, encoding: Encoding, opset: int, taken: set[str]) -> None:
+def _replace(model: ir.Model, value: ir.Value, encoding: Encoding, opset: int, names: _Names) -> None:
     """Put a call of the decoding function in the place of an initializer."""
     graph, name, users = model.graph, str(value.name), list(value.uses())
-    key = (DOMAIN, function_name(encoding), "")
+    key = _key(encoding)
     if key not in model.functions:
         model.functions[key] = function(encoding, opset)
         model.opset_imports[DOMAIN] = 1
     graph.initializers.pop(name)
     value.name = None
-    inputs = [_initializer(graph, data, taken) for data in _arrays(encoding)]
+    inputs = [names.constant(graph, data) for data in _arrays(encoding)]
     node = ir.Node(DOMAIN, function_name(encoding), inputs, list(_attributes(encoding)))
     output = node.outputs[0]
     output.name, output.shape = name, value.shape
@@ -227,44 +267,20 @@ def _arrays(encoding: Encoding) -> Iterator[ir.TensorProtocol]:
 
 
 def _symbols(symbols: np.ndarray, bits: int) -> ir.TensorProtocol:
-    if bits == 8:
-        return ir.tensor(symbols.astype(np.uint8))
-    if bits == 4:
-        return ir.tensor(symbols.astype(np.uint8), dtype=ir.DataType.UINT4)
-    return ir.tensor(to_planes(symbols, bits))
+    return ir.tensor(symbols if bits == 8 else to_parts(symbols, bits))
 
 
 def _attributes(encoding: Encoding) -> Iterator[ir.Attr]:
     yield ir.AttrInt64s("shape", encoding.shape)
     size = math.prod(encoding.shape)
-    if encoding.code_bits not in (0, 4, 8):
+    if encoding.code_bits not in (0, 8):
         yield ir.AttrInt64s("count", [len(encoding.codes)])
     if encoding.where is not None:
         yield ir.AttrInt64s("size", [size])
-        if encoding.positions == "gaps" and encoding.gap_bits not in (4, 8):
+        if encoding.positions == "gaps" and encoding.gap_bits != 8:
             yield ir.AttrInt64s("places", [len(encoding.where)])
     if encoding.values == "channel":
         yield ir.AttrInt64s("rows", [encoding.table.shape[0], -1])
-
-
-def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol, taken: set[str]) -> ir.Value:
-    """Register a constant under the shortest free name; equal small ones are shared."""
-    array = tensor.numpy()
-    if array.size <= 8:
-        for value in graph.initializers.values():
-            other = value.const_value
-            same = other is not None and other.dtype == tensor.dtype and other.shape == tensor.shape
-            if same and np.array_equal(other.numpy(), array):  # type: ignore[union-attr]
-                return value
-    number = len(taken)
-    while f"_{number:x}" in taken:
-        number += 1
-    name = f"_{number:x}"
-    taken.add(name)
-    value = ir.Value(name=name, const_value=tensor)
-    value.shape, value.dtype = ir.Shape(tensor.numpy().shape), tensor.dtype
-    graph.register_initializer(value)
-    return value
 
 
 def _read_encoding(node: ir.Node) -> Encoding:
@@ -286,7 +302,7 @@ def _read_encoding(node: ir.Node) -> Encoding:
     if positions == "mask":
         where = arrays[0][0]
     elif positions == "gaps":
-        where = _stream(arrays[0], gap_bits, ints.get("places")).astype(np.int32)
+        where = _stream(arrays[0], gap_bits, ints.get("places"))
     return Encoding(
         positions=positions,
         values=values,
@@ -301,10 +317,10 @@ def _read_encoding(node: ir.Node) -> Encoding:
 
 
 def _stream(array: np.ndarray, bits: int, count: list[int] | None) -> np.ndarray:
-    if bits in (4, 8):
-        return array.astype(np.uint8)
+    if bits == 8:
+        return array
     assert count is not None
-    return from_planes(array, count[0]).astype(np.uint8)
+    return from_parts(array, count[0])
 
 
 def _dequantized(node: ir.Node, values: dict[str, np.ndarray]) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Symbols of b bits, packed into bytes.
 
-Four-bit symbols lie two to a byte, low nibble first (ONNX UINT4); eight-bit symbols are bytes; every other width is b bit planes:
-plane i holds bit i of each symbol, eight symbols to a byte, the first in the highest bit. A plane decodes by one BitwiseAnd.
+Eight-bit symbols are bytes. Every other width is split into parts of 4, 2 and 1 bits (7 = 4 + 2 + 1), the lowest bits first. A part of
+w bits has u·w bytes, u = ⌈n/8⌉, and symbol s lies in byte s mod u·w, at bit w·⌊s/(u·w)⌋: neighbours lie in neighbouring bytes, so
+that the decoder shifts and masks whole rows, which vectorizes; neighbours within one byte decode several times slower.
 """
 
 from __future__ import annotations
@@ -19,26 +20,51 @@ def width(largest: int) -> int:
     return max(1, int(largest).bit_length())
 
 
-def to_planes(symbols: np.ndarray, bits: int) -> np.ndarray:
-    """Return the bit planes of `symbols` (n,) as uint8 (bits, ⌈n/8⌉), plane 0 the lowest bit.
+def parts(bits: int) -> list[tuple[int, int]]:
+    """Return (width, lowest bit) of the parts of a symbol.
 
     Example:
-        >>> to_planes(np.array([1, 2, 3]), 2).tolist()
-        [[160], [96]]
+        >>> parts(7), parts(3)
+        ([(4, 0), (2, 4), (1, 6)], [(2, 0), (1, 2)])
     """
-    return np.stack([np.packbits((symbols >> bit) & 1) for bit in range(bits)])
+    widths = [w for w in (4, 2, 1) if bits & w]
+    return [(w, sum(widths[:i])) for i, w in enumerate(widths)]
 
 
-def from_planes(planes: np.ndarray, count: int) -> np.ndarray:
-    """Return the first `count` symbols of bit planes, as int32; the inverse of `to_planes`."""
-    symbols = np.zeros(count, dtype=np.int32)
-    for bit, plane in enumerate(planes):
-        symbols |= np.unpackbits(plane, count=count).astype(np.int32) << bit
-    return symbols
+def to_parts(symbols: np.ndarray, bits: int) -> np.ndarray:
+    """Return `symbols` (n,) as uint8 (bits, ⌈n/8⌉): the parts one below another, a part of w bits in w rows.
+
+    Example:
+        >>> to_parts(np.array([1, 2, 3]), 2).tolist()
+        [[13], [2]]
+    """
+    unit = (len(symbols) + 7) // 8
+    packed = np.zeros(bits * unit, dtype=np.uint8)
+    for w, low in parts(bits):
+        part = packed[low * unit : (low + w) * unit]
+        for slot in range(8 // w):
+            piece = symbols[slot * w * unit : (slot + 1) * w * unit].astype(np.uint8)
+            part[: len(piece)] |= ((piece >> low) & (2**w - 1)) << (w * slot)
+    return packed.reshape(bits, unit)
+
+
+def from_parts(packed: np.ndarray, count: int) -> np.ndarray:
+    """Return the first `count` symbols of (bits, ⌈count/8⌉) bytes, as uint8; the inverse of `to_parts`.
+
+    Raises:
+        ValueError: the bytes are not those of `count` symbols.
+    """
+    bits, unit = packed.shape
+    if unit != (count + 7) // 8 or not 1 <= bits <= 7:
+        raise ValueError(f"{bits} rows of {unit} bytes do not hold {count} symbols")
+    symbols = np.zeros(8 * unit, dtype=np.uint8)
+    for w, low in parts(bits):
+        part = packed[low : low + w].reshape(-1)
+        for slot in range(8 // w):
+            symbols[slot * w * unit : (slot + 1) * w * unit] |= ((part >> (w * slot)) & (2**w - 1)) << low
+    return symbols[:count]
 
 
 def stream_bytes(count: int, bits: int) -> int:
     """Return the bytes that `count` symbols of `bits` bits take."""
-    if bits == 4:
-        return (count + 1) // 2
     return count if bits == 8 else bits * ((count + 7) // 8)

@@ -15,17 +15,19 @@ payloads and −0.0 included: "zero" means all bits zero). `encode` returns the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from torchopt.packing.bits import stream_bytes, to_planes, width
+from torchopt.packing.bits import from_parts, stream_bytes, to_parts, width
 from torchopt.packing.positions import from_gaps, gap_count, gaps
 
 CALL_BYTES = 130  # what one packed tensor costs in an ONNX file beside its arrays: a node, names, shapes
 SAMPLE = 65_536  # elements looked at before a tensor is given up as never clustered
 TABLE_AT_MOST = 256
+CONSTANT_AT_MOST = 1 << 20  # bytes of a constant tensor kept as one value: a small file never claims a huge tensor
+CHUNK = 1 << 18  # elements translated at a time: temporaries stay small and in cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,7 @@ class Encoding:
         code_bits: width of a code; 0 for "one" and "raw".
         gap_bits: width of a gap symbol; 0 unless positions are gaps.
         codes: (k,) uint8, unpacked; empty for "one" and "raw".
-        where: the mask as bytes, or the gap symbols (unpacked, int32), or None.
+        where: the mask as bytes, one bit an element,, or the gap symbols (unpacked, uint8), or None.
         table: the values that codes stand for: (K,), (channels, K), or the nonzeros in order for "raw".
     """
 
@@ -68,21 +70,13 @@ class Encoding:
             where = len(self.where) if self.positions == "mask" else stream_bytes(len(self.where), self.gap_bits)
         return where + (stream_bytes(len(self.codes), self.code_bits) if self.code_bits else 0) + self.table.nbytes
 
-    def code_planes(self) -> np.ndarray:
-        """The codes as bit planes, uint8 (bits, ⌈k/8⌉)."""
-        return to_planes(self.codes, self.code_bits)
 
-    def gap_planes(self) -> np.ndarray:
-        """The gap symbols as bit planes, uint8 (bits, ⌈k/8⌉)."""
-        assert self.where is not None
-        return to_planes(self.where, self.gap_bits)
-
-
-def encode(value: np.ndarray) -> Encoding | None:
+def encode(value: np.ndarray, extra_bytes: Callable[[Encoding], int] = lambda _: 0) -> Encoding | None:
     """Return the smallest encoding of `value`, or None where the dense tensor is no larger.
 
     Args:
         value: any dtype of 1, 2 or 4 bytes, any shape; the first axis is that of the output channels.
+        extra_bytes: what an encoding costs beyond its payload and its call, such as a decoder that no other tensor uses.
 
     Example:
         >>> w = np.tile(np.array([0, 0, 0, 0.5], np.float32), 256)
@@ -93,102 +87,164 @@ def encode(value: np.ndarray) -> Encoding | None:
     """
     if value.dtype.itemsize not in (1, 2, 4) or value.size < 2:
         return None
-    best = min(_candidates(np.ascontiguousarray(value)), key=lambda e: e.payload_bytes, default=None)
-    return best if best is not None and best.payload_bytes + CALL_BYTES < value.nbytes else None
+    best, least = None, value.nbytes - CALL_BYTES
+    for encoding in _candidates(np.ascontiguousarray(value)):
+        cost = encoding.payload_bytes + extra_bytes(encoding)
+        if cost < least:
+            best, least = encoding, cost
+    return best
 
 
 def decode(encoding: Encoding) -> np.ndarray:
-    """Return the dense tensor, bit for bit."""
-    count = math.prod(encoding.shape)
-    table, kept = encoding.table, _kept(encoding, count)
-    if kept is None:
-        codes = encoding.codes.astype(np.int64)
-    else:
-        codes = np.zeros(count, dtype=np.int64)
-        codes[kept] = _symbols(encoding, len(kept))
-        zero = np.zeros((*table.shape[:-1], 1), dtype=table.dtype)
-        table = np.concatenate([zero, table], axis=-1)
+    """Return the dense tensor, bit for bit.
+
+    Raises:
+        ValueError: the parts of the encoding contradict one another, as in a damaged file.
+        IndexError: a code has no entry in the table.
+    """
+    count, table = math.prod(encoding.shape), encoding.table
+    if min(encoding.shape, default=0) < 0:
+        raise ValueError(f"shape {encoding.shape}")
+    if encoding.positions == "all" and encoding.values == "one":
+        if count * table.itemsize > CONSTANT_AT_MOST:
+            raise ValueError(f"a constant of {count} elements")
+        return np.full(encoding.shape, table[0])
     if encoding.values == "channel":
-        return np.take_along_axis(table, codes.reshape(len(table), -1), axis=1).reshape(encoding.shape)
-    return table[codes].reshape(encoding.shape)  # type: ignore[no-any-return]
-
-
-def _symbols(encoding: Encoding, count: int) -> np.ndarray:
-    """What stands for each nonzero in a table that begins with zero."""
-    if encoding.values == "raw":
-        return np.arange(1, count + 1)
-    return np.ones(count, np.int64) if encoding.values == "one" else encoding.codes.astype(np.int64) + 1
-
-
-def _kept(encoding: Encoding, count: int) -> np.ndarray | None:
+        channels = len(table)
+        if count != len(encoding.codes) or channels == 0 or count % channels:
+            raise ValueError(f"{len(encoding.codes)} codes in {channels} channels for {count} elements")
+        rows = encoding.codes.reshape(channels, -1)
+        return np.stack([_translate(row, values) for row, values in zip(rows, table, strict=True)]).reshape(encoding.shape)
     if encoding.positions == "all":
-        return None
+        return _translate(encoding.codes, table).reshape(encoding.shape)
+    kept = _kept(encoding, count)
+    dense = np.zeros(count, dtype=table.dtype)
+    if encoding.values == "raw" and len(table) != len(kept):
+        raise ValueError(f"{len(table)} values for {len(kept)} nonzeros")
+    dense[kept] = (
+        {"raw": table, "one": table[0]}[encoding.values] if not encoding.code_bits else _translate(encoding.codes, table)
+    )
+    return dense.reshape(encoding.shape)
+
+
+def entropy_bytes(value: np.ndarray, encoding: Encoding) -> int:
+    """Return the order-0 entropy bound of the values' codes (zero is a value too), plus the bytes of their table."""
+    if encoding.values in ("table", "one"):
+        counts = np.bincount(encoding.codes) if encoding.code_bits else np.array([value.size if encoding.where is None else 0])
+        if encoding.where is not None:
+            nonzeros = len(encoding.codes) if encoding.code_bits else int(np.count_nonzero(value))
+            counts = np.append(counts if encoding.code_bits else [nonzeros], value.size - nonzeros)
+        counts = counts[counts > 0]
+    else:
+        counts = np.unique(value.reshape(-1).view(f"u{value.dtype.itemsize}"), return_counts=True)[1]
+    share = counts / counts.sum()
+    return math.ceil(value.size * float(-(share * np.log2(share)).sum()) / 8) + len(counts) * value.dtype.itemsize
+
+
+def _translate(codes: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """table[codes], a piece at a time: numpy widens the indices to eight bytes."""
+    out = np.empty(len(codes), dtype=table.dtype)
+    for start in range(0, len(codes), CHUNK):
+        out[start : start + CHUNK] = table[codes[start : start + CHUNK]]
+    return out
+
+
+def _kept(encoding: Encoding, count: int) -> np.ndarray:
     assert encoding.where is not None
     if encoding.positions == "mask":
-        return np.flatnonzero(np.unpackbits(encoding.where, count=count))
-    return from_gaps(encoding.where, encoding.gap_bits)
+        return np.flatnonzero(from_parts(encoding.where[None, :], count))
+    return from_gaps(encoding.where, encoding.gap_bits, count)
 
 
 def _candidates(value: np.ndarray) -> Iterator[Encoding]:
     bits = value.reshape(-1).view(f"u{value.dtype.itemsize}")
-    kept = np.flatnonzero(bits)
-    sparse = len(kept) < 0.9 * bits.size
-    places = list(_places(kept, bits.size)) if sparse else []
-    nonzeros = bits[kept] if sparse else bits
     found = _table(bits)
-    if found is not None:
-        yield _build(value, "all", "table", found[0], found[1])
-    yield from _per_channel(value, bits)
-    if not sparse:
+    if found is not None and len(found[0]) == 1 and value.nbytes <= CONSTANT_AT_MOST:
+        yield _build(value, "all", "one", found[0], np.empty(0, np.uint8))
         return
-    inner = _table(nonzeros)
-    for positions, where, gap_bits in places:
+    if found is not None:
+        yield _build(value, "all", "table", *found)
+    yield from _per_channel(value, bits, TABLE_AT_MOST if found is None else len(found[0]))
+    flags = bits != 0
+    zeros = bits.size - int(np.count_nonzero(flags))
+    if zeros > 0.1 * bits.size:
+        yield from _sparse(value, bits, flags, found)
+
+
+def _sparse(
+    value: np.ndarray, bits: np.ndarray, flags: np.ndarray, found: tuple[np.ndarray, np.ndarray] | None
+) -> Iterator[Encoding]:
+    """The encodings that say where the nonzeros are: `bits[flags]`."""
+    inner = _table(bits[flags]) if found is None else None
+    if found is not None and found[0][0] == 0:  # the values rise as unsigned integers, so zero has code 0
+        inner = (found[0][1:], found[1][flags] - np.uint8(1))
+    for positions, where, gap_bits in _places(flags):
         if inner is not None and len(inner[0]) == 1:
             yield _build(value, positions, "one", inner[0], np.empty(0, np.uint8), where, gap_bits)
-        elif inner is not None:
-            yield _build(value, positions, "table", inner[0], inner[1], where, gap_bits)
-        else:
-            yield _build(value, positions, "raw", nonzeros, np.empty(0, np.uint8), where, gap_bits)
+        elif inner is not None and len(inner[0]):
+            yield _build(value, positions, "table", *inner, where, gap_bits)
+        elif inner is None:
+            yield _build(value, positions, "raw", bits[flags], np.empty(0, np.uint8), where, gap_bits)
 
 
-def _places(kept: np.ndarray, count: int) -> Iterator[tuple[str, np.ndarray, int]]:
-    """The bitmask, and the gaps in their best width."""
-    flags = np.zeros(count, dtype=bool)
-    flags[kept] = True
-    yield "mask", np.packbits(flags), 0
-    best = min(range(2, 9), key=lambda b: stream_bytes(gap_count(kept, b), b))
-    if stream_bytes(gap_count(kept, best), best) < count // 8:
-        yield "gaps", gaps(kept, best), best
+def _places(flags: np.ndarray) -> Iterator[tuple[str, np.ndarray, int]]:
+    """The bitmask, or the gaps in their best width, whichever is smaller."""
+    kept = np.flatnonzero(flags)
+    best = min(range(2, 9), key=lambda b: stream_bytes(gap_count(kept, b, len(flags)), b))
+    if stream_bytes(gap_count(kept, best, len(flags)), best) < len(flags) // 8:
+        yield "gaps", gaps(kept, best, len(flags)), best
+    else:
+        yield "mask", to_parts(flags, 1)[0], 0
 
 
 def _table(bits: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """The distinct values and the code of each element, or None where there are more than a byte can name."""
-    if bits.size == 0:
-        return np.zeros(1, bits.dtype), np.empty(0, np.uint8)
-    step = max(1, bits.size // SAMPLE)
-    values = np.unique(bits[::step])
+    """The distinct values, rising, and the code of each element, or None where there are more than a byte can name."""
+    if bits.itemsize == 1:
+        values = np.flatnonzero(np.bincount(bits, minlength=256)).astype(np.uint8)
+        return values, _codes(values, bits)
+    values = np.unique(bits[:: max(1, bits.size // SAMPLE)])
     if len(values) > TABLE_AT_MOST:
         return None
-    codes = np.searchsorted(values, bits).clip(max=len(values) - 1)
-    if not np.array_equal(values[codes], bits):
-        values, codes = np.unique(bits, return_inverse=True)
-    return (values, codes.astype(np.uint8)) if len(values) <= TABLE_AT_MOST else None
+    codes = _codes(values, bits)
+    if not all(np.array_equal(values[codes[i : i + CHUNK]], bits[i : i + CHUNK]) for i in range(0, bits.size, CHUNK)):
+        values = np.unique(bits)
+        if len(values) > TABLE_AT_MOST:
+            return None
+        codes = _codes(values, bits)
+    return values, codes
 
 
-def _per_channel(value: np.ndarray, bits: np.ndarray) -> Iterator[Encoding]:
-    """One table an output channel, where each channel has few values though the tensor has many."""
+def _codes(values: np.ndarray, bits: np.ndarray) -> np.ndarray:
+    """The place of each element of `bits` in `values`: by a window of 16 bits that tells the values apart, else by search."""
+    codes = np.empty(bits.size, dtype=np.uint8)
+    for shift in range(0, 8 * (bits.itemsize - 1), 4) if bits.itemsize > 2 else (0,):
+        window = (values >> shift).astype(np.uint16)
+        if len(np.unique(window)) == len(values):
+            lookup = np.zeros(65_536, dtype=np.uint8)
+            lookup[window] = np.arange(len(values))
+            for i in range(0, bits.size, CHUNK):
+                codes[i : i + CHUNK] = lookup[(bits[i : i + CHUNK] >> shift).astype(np.uint16)]
+            return codes
+    for i in range(0, bits.size, CHUNK):
+        codes[i : i + CHUNK] = np.searchsorted(values, bits[i : i + CHUNK]).clip(max=len(values) - 1)
+    return codes
+
+
+def _per_channel(value: np.ndarray, bits: np.ndarray, distinct: int) -> Iterator[Encoding]:
+    """One table an output channel, where each channel has fewer values than the tensor's `distinct`."""
     if value.ndim < 2 or value.shape[0] < 2:
         return
     rows = bits.reshape(value.shape[0], -1)
-    if rows.shape[1] < 2 or len(np.unique(rows[0])) > min(TABLE_AT_MOST, rows.shape[1] // 2):
+    first = len(np.unique(rows[0]))
+    if rows.shape[1] < 2 or first > rows.shape[1] // 2 or (first > distinct // 2 and width(first - 1) >= width(distinct - 1)):
         return
     tables = [np.unique(row) for row in rows]
     most = max(map(len, tables))
     if most > min(TABLE_AT_MOST, rows.shape[1]):
         return
     table = np.stack([np.concatenate([t, np.full(most - len(t), t[-1])]) for t in tables])
-    codes = np.concatenate([np.searchsorted(t, row) for t, row in zip(tables, rows, strict=True)])
-    yield _build(value, "all", "channel", table, codes.astype(np.uint8))
+    codes = np.concatenate([_codes(t, row) for t, row in zip(tables, rows, strict=True)])
+    yield _build(value, "all", "channel", table, codes)
 
 
 def _build(

@@ -9,37 +9,51 @@ from __future__ import annotations
 import numpy as np
 
 
-def gaps(nonzero: np.ndarray, bits: int) -> np.ndarray:
-    """Return the gap symbols (int32) of the positions of the nonzeros, for symbols of `bits` bits.
+def gaps(nonzero: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Return the gap symbols (uint8) of the positions of the nonzeros among `count` elements, for symbols of `bits` bits.
 
     Args:
         nonzero: positions, rising, int64 (k,).
         bits: 2 … 8.
+        count: elements in all; fillers reach to within one symbol of the end, so a stream cannot claim a larger tensor.
 
     Example:
-        >>> gaps(np.array([0, 5]), 2).tolist()
-        [0, 3, 1]
+        >>> gaps(np.array([0, 5]), 2, 10).tolist()
+        [0, 3, 1, 3]
     """
     filler = 2**bits - 1
     zeros = np.diff(nonzero, prepend=-1) - 1
     fillers = zeros // filler
-    symbols = np.full(int(fillers.sum()) + len(nonzero), filler, dtype=np.int32)
+    size = int(fillers.sum()) + len(nonzero)
+    symbols = np.full(size + _tail(nonzero, count) // filler, filler, dtype=np.uint8)
     symbols[np.cumsum(fillers + 1) - 1] = zeros % filler
     return symbols
 
 
-def gap_count(nonzero: np.ndarray, bits: int) -> int:
+def gap_count(nonzero: np.ndarray, bits: int, count: int) -> int:
     """Return how many symbols `gaps` would give."""
+    filler = 2**bits - 1
     zeros = np.diff(nonzero, prepend=-1) - 1
-    return int((zeros // (2**bits - 1)).sum()) + len(nonzero)
+    return int((zeros // filler).sum()) + len(nonzero) + _tail(nonzero, count) // filler
 
 
-def from_gaps(symbols: np.ndarray, bits: int) -> np.ndarray:
+def from_gaps(symbols: np.ndarray, bits: int, count: int) -> np.ndarray:
     """Return the positions of the nonzeros; the inverse of `gaps`.
 
+    Raises:
+        ValueError: the symbols do not span `count` elements.
+
     Example:
-        >>> from_gaps(np.array([0, 3, 1]), 2).tolist()
+        >>> from_gaps(np.array([0, 3, 1, 3]), 2, 10).tolist()
         [0, 5]
     """
     real = symbols != 2**bits - 1
-    return (np.cumsum(symbols.astype(np.int64) + real) - 1)[real]
+    reached = np.cumsum(symbols.astype(np.int32) + real, dtype=np.int64)
+    end = int(reached[-1]) if len(reached) else 0
+    if not end <= count < end + 2**bits:
+        raise ValueError(f"the gaps span {end} elements, the tensor has {count}")
+    return (reached - 1)[real]  # type: ignore[no-any-return]
+
+
+def _tail(nonzero: np.ndarray, count: int) -> int:
+    return count - 1 - int(nonzero[-1]) if len(nonzero) else count
