@@ -190,6 +190,16 @@ def test_a_quantized_model_runs_wholly_as_integers(tmp_path, opset) -> None:
     assert steps.max() <= 1.001
 
 
+def test_two_layers_with_equal_codes_decode_to_their_own_values(tmp_path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 4, bias=False)).eval()
+    for layer, scale in ((model[0], 0.5), (model[2], 0.25)):
+        layer.weight.data = torch.eye(4) * scale
+        set_grid(layer, "weight", torch.full((4,), scale), 8, 0)
+    export(model, (torch.ones(1, 4),), tmp_path / "m.onnx")
+    assert_same_weights(model, tmp_path / "m.onnx")
+    np.testing.assert_array_equal(run(tmp_path / "m.onnx", torch.ones(1, 4)), [[0.125] * 4])
+
+
 def test_weights_that_left_their_grid_are_refused(tmp_path) -> None:
     model = seeded(Quantized)
     with torch.no_grad():

@@ -290,3 +290,15 @@ def test_tidy_drops_what_nothing_reads_and_never_folds_a_weight() -> None:
     TidyPass(frozenset({"w"}))(graph)
     assert kinds(graph) == ["Mul", "MatMul"]
     np.testing.assert_array_equal(graph.graph.initializers["w"].const_value.numpy(), np.eye(2, dtype=np.float32))
+
+
+def test_tidy_keeps_two_equal_weights_apart_whose_scales_differ() -> None:
+    text = (
+        "g(float[N, 2] x) => (float[N, 2] y) { d = DequantizeLinear(a, s) h = MatMul(x, d) e = DequantizeLinear(b, t)"
+        " i = MatMul(h, e) j = Add(i, one) y = Mul(j, two) }"
+    )
+    codes, one = np.eye(2, dtype=np.int8), np.float32(1)
+    graph = model(text, a=codes, b=codes, s=np.float32(0.5), t=np.float32(0.25), one=one, two=one)
+    TidyPass(frozenset({"a", "b"}))(graph)
+    assert set(graph.graph.initializers) == {"a", "b", "s", "t", "one"}
+    np.testing.assert_array_equal(run(graph, np.eye(2, dtype=np.float32)), [[1.125, 1.0], [1.0, 1.125]])

@@ -12,6 +12,8 @@ from itertools import count, product
 
 import onnx_ir as ir
 
+from torchopt.export.passes.constants import merge_equal
+
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -31,7 +33,7 @@ class ShortNamesPass(ir.passes.InPlacePass):
         graph = model.graph
         if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for n in graph for a in n.attributes.values()):
             return ir.passes.PassResult(model, modified=False)
-        _merge(graph, self.keep)
+        merge_equal(graph, self.keep)
         fixed = {v.name for v in (*graph.inputs, *graph.outputs)} | self.keep
         names = (name for name in _short() if name not in fixed)
         renamed = [v for name, v in list(graph.initializers.items()) if name not in fixed]
@@ -48,20 +50,6 @@ class ShortNamesPass(ir.passes.InPlacePass):
                 if value.name not in fixed and value.name:
                     value.name, value.shape, value.type = next(names), None, None
         return ir.passes.PassResult(model, modified=True)
-
-
-def _merge(graph: ir.Graph, keep: frozenset[str]) -> None:
-    """Case 1."""
-    first: dict[tuple[object, ...], ir.Value] = {}
-    for name, value in list(graph.initializers.items()):
-        if name in keep or value.const_value is None or value.is_graph_output() or value.is_graph_input():
-            continue
-        key = (value.const_value.dtype, tuple(value.const_value.shape), value.const_value.tobytes())
-        same = first.setdefault(key, value)
-        if same is not value:
-            for user, index in list(value.uses()):
-                user.replace_input_with(index, same)
-            graph.initializers.pop(name)
 
 
 def _short() -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 1. Constant nodes become initializers.
 2. Small constants (shapes, axes, zero biases) are computed now; a weight is never an operand of that.
-3. Identity nodes, repeated computations, repeated initializers and nodes that nothing reads go.
+3. Identity nodes, repeated computations, repeated constants and nodes that nothing reads go; equal weights keep their two names.
 4. Doc strings and metadata go.
 """
 
@@ -14,7 +14,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from onnxscript.optimizer import fold_constants
 
-SMALL = 4096  # elements: shapes and zero biases, no weights
+from torchopt.export.passes.constants import SMALL, merge_equal
 
 
 class TidyPass(ir.passes.InPlacePass):
@@ -43,13 +43,13 @@ class TidyPass(ir.passes.InPlacePass):
             common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
             common.IdentityEliminationPass(),
             common.CommonSubexpressionEliminationPass(),
-            common.DeduplicateInitializersPass(size_limit=SMALL),
             common.RemoveUnusedNodesPass(),
             common.RemoveUnusedFunctionsPass(),
             common.RemoveUnusedOpsetsPass(),
             common.ClearMetadataAndDocStringPass(),
         ):
             step(model)
+        merge_equal(model.graph, self.keep)
         return ir.passes.PassResult(model, modified=True)
 
     def _may_fold(self, node: ir.Node) -> bool | None:
