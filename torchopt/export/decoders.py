@@ -17,7 +17,7 @@ from onnx import parser
 from torchopt.packing import Encoding, parts
 
 DOMAIN = "torchopt"
-FUNCTION_BYTES = 900  # about what one decoder costs in a file, once
+_SIZES: dict[str, int] = {}  # by the name of the function
 
 _ROWS = """
   {0}_first = Constant <value_ints = [{1}]> ()
@@ -77,7 +77,7 @@ _PICK = """
   {0} = GatherElements <axis = 0> (values, index)
 """
 _SCATTER = """
-  size = Constant <value_ints: ints = @size> ()
+  size = Constant <value_ints: ints = @n> ()
   empty = Expand (zero, size)
   flat = ScatterElements <axis = 0> (empty, place, updates)
 """
@@ -85,16 +85,16 @@ _TABLE = """
   flat = GatherElements <axis = 0> (table, codes_symbols)
 """
 _CHANNEL = """
-  rows = Constant <value_ints: ints = @rows> ()
+  rows = Constant <value_ints: ints = @r> ()
   code_rows = Reshape (codes_symbols, rows)
   flat = GatherElements <axis = 1> (table, code_rows)
 """
 _CONSTANT = """
-  shape = Constant <value_ints: ints = @shape> ()
+  shape = Constant <value_ints: ints = @d> ()
   weight = Expand (table, shape)
 """
 _END = """
-  shape = Constant <value_ints: ints = @shape> ()
+  shape = Constant <value_ints: ints = @d> ()
   weight = Reshape (flat, shape)
 """
 
@@ -112,10 +112,10 @@ def function(encoding: Encoding, opset: int) -> ir.Function:
         encoding: an example of the kind.
         opset: of the model that the function goes into.
     """
-    inputs, attributes, body = [], ["shape"], ""
+    inputs, attributes, body = [], ["d"], ""
     if encoding.code_bits:
         inputs.append("codes")
-        body += _symbols("codes", "count", encoding.code_bits, attributes)
+        body += _symbols("codes", "c", encoding.code_bits, attributes)
     if encoding.where is not None:
         inputs += ["where", "zero"]
         body += _sparse(encoding, attributes) + _END
@@ -123,7 +123,7 @@ def function(encoding: Encoding, opset: int) -> ir.Function:
         body += _CONSTANT
     else:
         body += (_CHANNEL if encoding.values == "channel" else _TABLE) + _END
-        attributes += ["rows"] if encoding.values == "channel" else []
+        attributes += ["r"] if encoding.values == "channel" else []
     inputs.append("table")
     text = (
         f'<domain: "{DOMAIN}", opset_import: ["": {opset}]>\n{function_name(encoding)} <{", ".join(attributes)}> '
@@ -132,14 +132,22 @@ def function(encoding: Encoding, opset: int) -> ir.Function:
     return ir.serde.deserialize_function(_minimal(parser.parse_function(text)))
 
 
+def function_bytes(encoding: Encoding) -> int:
+    """Return about how many bytes the decoder of such encodings takes in a file, once."""
+    name = function_name(encoding)
+    if name not in _SIZES:
+        _SIZES[name] = len(ir.serde.serialize_function(function(encoding, 21)).SerializeToString())
+    return _SIZES[name]
+
+
 def _sparse(encoding: Encoding, attributes: list[str]) -> str:
     """Nonzeros to their places: picked by a running index through the mask, or scattered to where the gaps lead."""
     nonzeros = _CODED if encoding.code_bits else _PLAIN
     index = _ONE if encoding.values == "one" else _COUNT
-    attributes.append("size")
+    attributes.append("n")
     if encoding.positions == "mask":
-        return _symbols("where", "size", 1, attributes) + index.format("where_symbols") + nonzeros + _PICK.format("flat")
-    gaps = _symbols("where", "places", encoding.gap_bits, attributes) + _GAPS.format(2**encoding.gap_bits - 1)
+        return _symbols("where", "n", 1, attributes) + index.format("where_symbols") + nonzeros + _PICK.format("flat")
+    gaps = _symbols("where", "p", encoding.gap_bits, attributes) + _GAPS.format(2**encoding.gap_bits - 1)
     return gaps + index.format("real") + nonzeros + _PICK.format("updates") + _SCATTER
 
 
@@ -163,11 +171,22 @@ def _symbols(name: str, count: str, bits: int, attributes: list[str]) -> str:
 
 
 def _minimal(proto: onnx.FunctionProto) -> onnx.FunctionProto:
-    """Give the inner values names of one or two letters: they are written in every file."""
+    """Make the body short, for it is in every file: inner names of one or two letters, equal constants once, no Identity."""
     names = {name: name for name in (*proto.input, *proto.output)}
+    seen: dict[bytes, str] = {}
+    nodes: list[onnx.NodeProto] = []
     for node in proto.node:
-        for output in node.output:
-            names.setdefault(output, f"_{len(names)}")
-        for values in (node.input, node.output):
-            values[:] = [names[value] for value in values]
+        node.input[:] = [names[name] for name in node.input]
+        content = b"".join(attribute.SerializeToString() for attribute in node.attribute)
+        if node.op_type == "Identity":
+            names[node.output[0]] = node.input[0]
+        elif node.op_type == "Constant" and content in seen:
+            names[node.output[0]] = seen[content]
+        else:
+            name = names.setdefault(node.output[0], f"_{len(seen) + len(nodes):x}")
+            node.output[:] = [name]
+            seen |= {content: name} if node.op_type == "Constant" else {}
+            nodes.append(node)
+    del proto.node[:]
+    proto.node.extend(nodes)
     return proto

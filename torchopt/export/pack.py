@@ -6,26 +6,25 @@ has the initializer's old name; nothing else in the graph changes. `unpack` find
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
 from torchopt.errors import FileError, ModelError
-from torchopt.export.decoders import DOMAIN, FUNCTION_BYTES, function, function_name
+from torchopt.export.calls import Names, read_encoding, replace
+from torchopt.export.decoders import DOMAIN, function_bytes, function_name
 from torchopt.files import atomic_path
-from torchopt.packing import Encoding, decode, encode, entropy_bytes, from_parts, to_parts
+from torchopt.packing import CALL_BYTES, Encoding, decode, encode, encodings, entropy_bytes
 
 PACKABLE = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT32}
 OLDEST_OPSET = 18  # BitwiseAnd, BitwiseOr
 SMALLEST = 256  # bytes of a tensor below which no encoding pays
+SMALL = 1 << 18  # bytes of a tensor below which the cost of its decoder counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,25 +114,56 @@ def pack_model(model: ir.Model) -> PackReport:
     opset = model.opset_imports.get("", 0)
     if opset < OLDEST_OPSET:
         raise ModelError(f"pack: the model has opset {opset}; convert it to {OLDEST_OPSET} or later, which has bitwise operators")
-    rows: dict[str, PackedTensor] = {}
-    names = _Names(model)
     fixed = {id(v) for v in (*model.graph.outputs, *model.graph.inputs)}
-    weights = [v for v in model.graph.initializers.values() if id(v) not in fixed and _packable(v)]
-    order = [str(v.name) for v in weights]
-    for value in sorted(weights, key=lambda v: -v.const_value.nbytes):  # type: ignore[union-attr]  # the largest choose the decoders
-        dense = value.const_value.numpy()  # type: ignore[union-attr]
-        encoding = encode(dense, lambda e: 0 if _key(e) in model.functions else FUNCTION_BYTES)
-        if encoding is None:
-            continue
-        rows[str(value.name)] = PackedTensor(
-            name=str(value.name),
+    weights = {str(v.name): v for v in model.graph.initializers.values() if id(v) not in fixed and _packable(v)}
+    rows, names = {}, Names(model)
+    for name, encoding in _chosen(weights):
+        dense = weights[name].const_value.numpy()  # type: ignore[union-attr]
+        rows[name] = PackedTensor(
+            name=name,
             codec=encoding.name,
             dense_bytes=dense.nbytes,
             packed_bytes=encoding.payload_bytes,
             entropy_bytes=entropy_bytes(dense, encoding),
         )
-        _replace(model, value, encoding, opset, names)
-    return PackReport(rows=[rows[name] for name in order if name in rows])
+        replace(model, weights[name], encoding, opset, names)
+    return PackReport(rows=[rows[name] for name in weights if name in rows])
+
+
+def _chosen(weights: dict[str, ir.Value]) -> Iterator[tuple[str, Encoding]]:
+    """Yield the encoding of each weight that gets one.
+
+    A large tensor takes its smallest. The small ones share decoders, which cost bytes too: starting from all kinds, the kind whose
+    loss saves most is dropped, until none does.
+    """
+    given: set[str] = set()
+    options: dict[str, list[Encoding]] = {}
+    for name, value in weights.items():
+        dense = value.const_value.numpy()  # type: ignore[union-attr]
+        if dense.nbytes < SMALL:
+            options[name] = list(encodings(dense))
+        elif (encoding := encode(dense)) is not None:
+            given.add(function_name(encoding))
+            yield name, encoding
+
+    def best(name: str, kinds: set[str]) -> Encoding | None:
+        return min((e for e in options[name] if function_name(e) in kinds), key=lambda e: e.payload_bytes, default=None)
+
+    def cost(kinds: set[str]) -> int:
+        saved = ((weights[n].const_value.nbytes, best(n, kinds)) for n in options)  # type: ignore[union-attr]
+        tensors = sum(e.payload_bytes + CALL_BYTES if e is not None else dense for dense, e in saved)
+        return tensors + sum(sizes[kind] for kind in kinds - given)
+
+    sizes = {function_name(e): function_bytes(e) for found in options.values() for e in found}
+    kinds = set(sizes)
+    while droppable := sorted(kinds - given):
+        least, kind = min((cost(kinds - {kind}), kind) for kind in droppable)
+        if least >= cost(kinds):
+            break
+        kinds.remove(kind)
+    for name in options:
+        if (encoding := best(name, kinds)) is not None:
+            yield name, encoding
 
 
 def unpack_model(model: ir.Model, where: str) -> None:
@@ -146,7 +176,7 @@ def unpack_model(model: ir.Model, where: str) -> None:
         if len(node.outputs) != 1:
             raise FileError(f"{where}: the packed weight of node {node.name!r} is damaged ({len(node.outputs)} outputs)")
         try:
-            dense = decode(_read_encoding(node))
+            dense = decode(read_encoding(node))
         except (KeyError, ValueError, IndexError, TypeError, AttributeError, AssertionError, OverflowError, MemoryError) as error:
             raise FileError(f"{where}: the packed weight {node.outputs[0].name} is damaged ({error})") from error
         output = node.outputs[0]
@@ -174,39 +204,6 @@ def _packable(value: ir.Value) -> bool:
     return all(user.domain != DOMAIN for user, _ in users)
 
 
-class _Names:
-    """Short names that nothing in the model has, subgraphs included; equal constants get the same one."""
-
-    def __init__(self, model: ir.Model) -> None:
-        self.taken = {str(v.name) for v in (*model.graph.inputs, *model.graph.initializers.values())}
-        self.known: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
-        for node in ir.traversal.RecursiveGraphIterator(model.graph):
-            self.taken.update(str(v.name) for v in (*node.inputs, *node.outputs) if v is not None)
-            for attribute in node.attributes.values():
-                graphs = [attribute.as_graph()] if attribute.type == ir.AttributeType.GRAPH else []
-                self.taken.update(str(v.name) for g in graphs for v in (*g.inputs, *g.initializers.values()))
-        self.number = 0
-
-    def constant(self, graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-        """Return an initializer that holds `tensor`, a new one or an equal one of an earlier call."""
-        array = tensor.numpy()
-        key = (str(tensor.dtype), tuple(array.shape), hashlib.sha256(tensor.tobytes()).digest())
-        if key not in self.known:
-            while f"_{self.number:x}" in self.taken:
-                self.number += 1
-            value = ir.Value(
-                name=f"_{self.number:x}", const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype)
-            )
-            self.taken.add(str(value.name))
-            graph.register_initializer(value)
-            self.known[key] = value
-        return self.known[key]
-
-
-def _key(encoding: Encoding) -> tuple[str, str, str]:
-    return DOMAIN, function_name(encoding), ""
-
-
 def read(path: str | os.PathLike[str]) -> ir.Model:
     """Read an ONNX file.
 
@@ -217,6 +214,9 @@ def read(path: str | os.PathLike[str]) -> ir.Model:
         raise FileError(f"{path}: there is no such file; give an ONNX file")
     try:
         model = ir.serde.deserialize_model(onnx.load(path))
+        for value in model.graph.initializers.values():
+            if value.const_value is not None:
+                value.const_value.numpy()  # a view, made when first asked for: fails where the bytes do not fit the shape
     except Exception as error:  # protobuf, onnx and onnx-ir raise classes of their own
         raise FileError(
             f"{path}: is no whole ONNX file ({str(error).splitlines()[0][:200] if str(error) else error!r})"
@@ -233,94 +233,6 @@ def _write(model: ir.Model, path: str | os.PathLike[str]) -> None:
         raise ModelError(f"{path}: cannot be one file (protobuf holds at most 2 GB): {str(error)[:200]}") from error
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
-
-
-def _replace(model: ir.Model, value: ir.Value, encoding: Encoding, opset: int, names: _Names) -> None:
-    """Put a call of the decoding function in the place of an initializer."""
-    graph, name, users = model.graph, str(value.name), list(value.uses())
-    key = _key(encoding)
-    if key not in model.functions:
-        model.functions[key] = function(encoding, opset)
-        model.opset_imports[DOMAIN] = 1
-    graph.initializers.pop(name)
-    value.name = None
-    inputs = [names.constant(graph, data) for data in _arrays(encoding)]
-    node = ir.Node(DOMAIN, function_name(encoding), inputs, list(_attributes(encoding)))
-    output = node.outputs[0]
-    output.name, output.shape = name, value.shape
-    output.dtype = value.dtype  # type: ignore[assignment]
-    first = next(iter(graph))
-    graph.insert_before(first, node)
-    for user, index in users:
-        user.replace_input_with(index, output)
-
-
-def _arrays(encoding: Encoding) -> Iterator[ir.TensorProtocol]:
-    """The constants of a call, in the order of the function's inputs: codes, where, zero, table."""
-    if encoding.code_bits:
-        yield _symbols(encoding.codes, encoding.code_bits)
-    if encoding.where is not None:
-        where = encoding.where
-        yield ir.tensor(where[None, :]) if encoding.positions == "mask" else _symbols(where, encoding.gap_bits)
-        yield ir.tensor(np.zeros((*encoding.table.shape[:-1], 1), dtype=encoding.dtype))
-    yield ir.tensor(encoding.table)
-
-
-def _symbols(symbols: np.ndarray, bits: int) -> ir.TensorProtocol:
-    return ir.tensor(symbols if bits == 8 else to_parts(symbols, bits))
-
-
-def _attributes(encoding: Encoding) -> Iterator[ir.Attr]:
-    yield ir.AttrInt64s("shape", encoding.shape)
-    size = math.prod(encoding.shape)
-    if encoding.code_bits not in (0, 8):
-        yield ir.AttrInt64s("count", [len(encoding.codes)])
-    if encoding.where is not None:
-        yield ir.AttrInt64s("size", [size])
-        if encoding.positions == "gaps" and encoding.gap_bits != 8:
-            yield ir.AttrInt64s("places", [len(encoding.where)])
-    if encoding.values == "channel":
-        yield ir.AttrInt64s("rows", [encoding.table.shape[0], -1])
-
-
-def _read_encoding(node: ir.Node) -> Encoding:
-    """The encoding that a call of a decoding function holds."""
-    letters = node.op_type
-    positions = {"m": "mask", "g": "gaps"}.get(letters[0], "all")
-    gap_bits = int(letters[1]) if positions == "gaps" else 0
-    rest = letters[2:] if positions == "gaps" else letters[1:] if positions == "mask" else letters
-    values = {"t": "table", "c": "channel", "o": "one", "r": "raw"}[rest[0]]
-    code_bits = int(rest[1:] or 0)
-    data = [v.const_value for v in node.inputs if v is not None]
-    if any(d is None for d in data):
-        raise ValueError("an operand is no constant")
-    arrays: list[Any] = [d.numpy() for d in data if d is not None]
-    ints = {key: list(attr.as_ints()) for key, attr in node.attributes.items()}
-    shape, table = tuple(ints["shape"]), arrays[-1]
-    codes = _stream(arrays.pop(0), code_bits, ints.get("count")) if code_bits else np.empty(0, np.uint8)
-    where = None
-    if positions == "mask":
-        where = arrays[0][0]
-    elif positions == "gaps":
-        where = _stream(arrays[0], gap_bits, ints.get("places"))
-    return Encoding(
-        positions=positions,
-        values=values,
-        shape=shape,
-        dtype=table.dtype,
-        code_bits=code_bits,
-        gap_bits=gap_bits,
-        codes=codes,
-        where=where,
-        table=table,
-    )
-
-
-def _stream(array: np.ndarray, bits: int, count: list[int] | None) -> np.ndarray:
-    if bits == 8:
-        return array
-    assert count is not None
-    return from_parts(array, count[0])
 
 
 def _dequantized(node: ir.Node, values: dict[str, np.ndarray]) -> np.ndarray:

@@ -1,7 +1,19 @@
 """Packing: tensors in fewer bytes, lossless, numpy only; `torchopt.export.pack` writes the encodings as ONNX."""
 
 from torchopt.packing.bits import from_parts, parts, to_parts
-from torchopt.packing.codec import Encoding, decode, encode, entropy_bytes
+from torchopt.packing.codec import CALL_BYTES, Encoding, decode, encode, encodings, entropy_bytes
 from torchopt.packing.positions import from_gaps, gaps
 
-__all__ = ["Encoding", "decode", "encode", "entropy_bytes", "from_gaps", "from_parts", "gaps", "parts", "to_parts"]
+__all__ = [
+    "CALL_BYTES",
+    "Encoding",
+    "decode",
+    "encode",
+    "encodings",
+    "entropy_bytes",
+    "from_gaps",
+    "from_parts",
+    "gaps",
+    "parts",
+    "to_parts",
+]

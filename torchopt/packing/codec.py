@@ -15,7 +15,7 @@ payloads and −0.0 included: "zero" means all bits zero). `encode` returns the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -71,12 +71,11 @@ class Encoding:
         return where + (stream_bytes(len(self.codes), self.code_bits) if self.code_bits else 0) + self.table.nbytes
 
 
-def encode(value: np.ndarray, extra_bytes: Callable[[Encoding], int] = lambda _: 0) -> Encoding | None:
+def encode(value: np.ndarray) -> Encoding | None:
     """Return the smallest encoding of `value`, or None where the dense tensor is no larger.
 
     Args:
         value: any dtype of 1, 2 or 4 bytes, any shape; the first axis is that of the output channels.
-        extra_bytes: what an encoding costs beyond its payload and its call, such as a decoder that no other tensor uses.
 
     Example:
         >>> w = np.tile(np.array([0, 0, 0, 0.5], np.float32), 256)
@@ -85,14 +84,16 @@ def encode(value: np.ndarray, extra_bytes: Callable[[Encoding], int] = lambda _:
         >>> np.array_equal(decode(encode(w)), w)
         True
     """
+    return min(encodings(value), key=lambda e: e.payload_bytes, default=None)
+
+
+def encodings(value: np.ndarray) -> Iterator[Encoding]:
+    """Yield every encoding of `value` that is smaller than the dense tensor, its call included."""
     if value.dtype.itemsize not in (1, 2, 4) or value.size < 2:
-        return None
-    best, least = None, value.nbytes - CALL_BYTES
+        return
     for encoding in _candidates(np.ascontiguousarray(value)):
-        cost = encoding.payload_bytes + extra_bytes(encoding)
-        if cost < least:
-            best, least = encoding, cost
-    return best
+        if encoding.payload_bytes + CALL_BYTES < value.nbytes:
+            yield encoding
 
 
 def decode(encoding: Encoding) -> np.ndarray:
