@@ -145,3 +145,166 @@ def test_mutated_files_do_no_harm(tmp_path):
 @pytest.mark.slow
 def test_mutated_files_do_no_harm_5000(tmp_path):
     fuzz(tmp_path, 5000)
+
+
+def test_a_packed_file_stays_as_it_is(tmp_path):
+    write(tmp_path / "a.onnx", weight(0.8, 16))
+    pack(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    assert pack(tmp_path / "b.onnx", tmp_path / "c.onnx").rows == []
+    assert (tmp_path / "c.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+def graph_of(path, nodes, constants, inputs=(), outputs=("y",)) -> None:
+    values = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [3, 96]), *inputs]
+    results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+    graph = helper.make_graph(nodes, "g", values, results, constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+
+
+def test_names_of_ours_in_use_are_left_alone(tmp_path):
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["_0"]), helper.make_node("Relu", ["_0"], ["_1"])]
+    nodes += [helper.make_node("Neg", ["_1"], ["y"])]
+    graph_of(tmp_path / "a.onnx", nodes, [numpy_helper.from_array(weight(0.8, 16), "w")])
+    assert len(pack(tmp_path / "a.onnx", tmp_path / "b.onnx").rows) == 1
+    np.testing.assert_array_equal(run(tmp_path / "a.onnx"), run(tmp_path / "b.onnx"))
+
+
+def test_weights_that_are_inputs_or_outputs_or_in_a_branch_are_left_alone(tmp_path):
+    shape = [96, 128]
+    branch = [
+        helper.make_graph(
+            [helper.make_node("MatMul", ["x", w], [f"y{w}"])],
+            w,
+            [],
+            [helper.make_tensor_value_info(f"y{w}", TensorProto.FLOAT, None)],
+            [numpy_helper.from_array(weight(0.8, 16), w)] if w == "inner" else [],
+        )
+        for w in ("inner", "outer")
+    ]
+    nodes = [
+        helper.make_node("ReduceMax", ["x"], ["m"], keepdims=0),
+        helper.make_node("Greater", ["m", "limit"], ["flag"]),
+        helper.make_node("If", ["flag"], ["y"], then_branch=branch[0], else_branch=branch[1]),
+    ]
+    constants = [numpy_helper.from_array(weight(0.8, 16), name) for name in ("outer", "given", "shown")]
+    constants.append(numpy_helper.from_array(np.float32(1e9), "limit"))
+    graph_of(
+        tmp_path / "a.onnx",
+        nodes,
+        constants,
+        [helper.make_tensor_value_info("given", TensorProto.FLOAT, shape)],
+        ("y", "shown"),
+    )
+    report = pack(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    assert [row.name for row in report.rows] == ["outer"]
+    np.testing.assert_array_equal(run(tmp_path / "a.onnx"), run(tmp_path / "b.onnx"))
+    unpack(tmp_path / "b.onnx", tmp_path / "c.onnx")
+    before, after = ({i.name: i for i in onnx.load(tmp_path / f).graph.initializer} for f in ("a.onnx", "c.onnx"))
+    assert set(before) == set(after)
+    for name in before:
+        np.testing.assert_array_equal(numpy_helper.to_array(before[name]), numpy_helper.to_array(after[name]))
+
+
+def test_equal_weights_are_stored_once_and_constants_as_one_value(tmp_path):
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["a"]), helper.make_node("MatMul", ["x", "v"], ["b"])]
+    nodes += [helper.make_node("MatMul", ["x", "c"], ["d"]), helper.make_node("Sum", ["a", "b", "d"], ["y"])]
+    constants = [numpy_helper.from_array(weight(0.5, 16), name) for name in ("w", "v")]
+    constants.append(numpy_helper.from_array(np.full((96, 128), 0.5, np.float32), "c"))
+    graph_of(tmp_path / "a.onnx", nodes, constants)
+    rows = {row.name: row for row in pack(tmp_path / "a.onnx", tmp_path / "b.onnx").rows}
+    assert (rows["c"].codec, rows["c"].packed_bytes, rows["c"].entropy_bytes) == ("one", 4, 4)
+    assert (tmp_path / "b.onnx").stat().st_size < rows["w"].packed_bytes + 3_000
+    np.testing.assert_array_equal(run(tmp_path / "a.onnx"), run(tmp_path / "b.onnx"))
+    np.testing.assert_array_equal(decode_initializers(tmp_path / "b.onnx")["c"], np.full((96, 128), 0.5, np.float32))
+
+
+def test_each_further_tensor_costs_at_most_150_bytes(tmp_path):
+    def size(count: int) -> int:
+        names = [f"w{i}" for i in range(count)]
+        nodes = [helper.make_node("MatMul", ["x", name], [f"y{name}"]) for name in names]
+        nodes.append(helper.make_node("Sum", [f"y{name}" for name in names], ["y"]))
+        weights = [numpy_helper.from_array(weight(0.9, 16) * np.float32(i + 1), name) for i, name in enumerate(names)]
+        graph_of(tmp_path / "a.onnx", nodes, weights)
+        report = pack(tmp_path / "a.onnx", tmp_path / "b.onnx")
+        assert len(report.rows) == count
+        own = sum(len(n.SerializeToString()) + 2 for n in nodes)
+        return (tmp_path / "b.onnx").stat().st_size - report.packed_bytes - own
+
+    assert size(2) - size(1) <= 150
+    assert size(1) <= 3_000
+
+
+def test_external_data_is_read_and_a_way_out_of_the_folder_is_refused(tmp_path):
+    write(tmp_path / "a.onnx", weight(0.8, 16))
+    onnx.save(onnx.load(tmp_path / "a.onnx"), tmp_path / "e.onnx", save_as_external_data=True, location="e.bin", size_threshold=0)
+    pack(tmp_path / "e.onnx", tmp_path / "b.onnx")
+    np.testing.assert_array_equal(decode_initializers(tmp_path / "b.onnx")["w"], weight(0.8, 16))
+    model = onnx.load(tmp_path / "e.onnx", load_external_data=False)
+    for entry in model.graph.initializer[0].external_data:
+        if entry.key == "location":
+            entry.value = "../secret.bin"
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "secret.bin").write_bytes((tmp_path / "e.bin").read_bytes())
+    (tmp_path / "inside" / "e.onnx").write_bytes(model.SerializeToString())
+    (tmp_path / "e.bin").unlink()
+    for source in (tmp_path / "e.onnx", tmp_path / "inside" / "e.onnx"):
+        with pytest.raises(torchopt.FileError, match="is no whole ONNX file"):
+            pack(source, tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def damaged(tmp_path, change) -> None:
+    write(tmp_path / "a.onnx", weight(0.9, 16))
+    pack(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    model = onnx.load(tmp_path / "b.onnx")
+    change(next(node for node in model.graph.node if node.domain == "torchopt"))
+    onnx.save(model, tmp_path / "b.onnx")
+
+
+def test_a_small_file_cannot_claim_a_huge_tensor(tmp_path):
+    def huge(node):
+        for attribute in node.attribute:
+            if attribute.name in "dn":
+                attribute.ints[:] = [1 << 40]
+
+    damaged(tmp_path, huge)
+    with pytest.raises(
+        torchopt.FileError, match=r"the packed weight w is damaged \(the gaps span \d+ elements, the tensor has 1099511627776\)"
+    ):
+        unpack(tmp_path / "b.onnx", tmp_path / "c.onnx")
+
+
+def test_a_decoder_without_an_output_is_refused(tmp_path):
+    damaged(tmp_path, lambda node: node.output.pop())
+    with pytest.raises(torchopt.FileError, match=r"is damaged \(0 outputs\)"):
+        unpack(tmp_path / "b.onnx", tmp_path / "c.onnx")
+
+
+def test_more_than_two_gigabytes_is_refused_and_the_old_file_stays(tmp_path, monkeypatch):
+    write(tmp_path / "a.onnx", weight(0.8, 16))
+    (tmp_path / "b.onnx").write_bytes(b"old")
+
+    class TooLarge:
+        def SerializeToString(self):
+            raise ValueError("Message exceeds maximum protobuf size of 2GB")
+
+    monkeypatch.setattr("onnx_ir.to_proto", lambda model: TooLarge())
+    with pytest.raises(torchopt.ModelError, match="protobuf holds at most 2 GB"):
+        pack(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    assert (tmp_path / "b.onnx").read_bytes() == b"old"
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    write(tmp_path / "a.onnx", weight(0.8, 16))
+    (tmp_path / "b.onnx").write_bytes(b"old")
+
+    def full(self, data):
+        with self.open("wb") as file:
+            file.write(data[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(torchopt.FileError, match=r"b\.onnx: cannot be written \(No space left on device\)"):
+        pack(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.onnx", "b.onnx"]
+    assert (tmp_path / "b.onnx").read_bytes() == b"old"

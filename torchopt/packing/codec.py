@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from torchopt.packing.bits import from_parts, stream_bytes, to_parts, width
-from torchopt.packing.positions import from_gaps, gap_count, gaps
+from torchopt.packing.positions import best_gap_bits, from_gaps, gaps
 
 CALL_BYTES = 130  # what one packed tensor costs in an ONNX file beside its arrays: a node, names, shapes
 SAMPLE = 65_536  # elements looked at before a tensor is given up as never clustered
@@ -190,10 +190,11 @@ def _sparse(
 
 def _places(flags: np.ndarray) -> Iterator[tuple[str, np.ndarray, int]]:
     """The bitmask, or the gaps in their best width, whichever is smaller."""
-    kept = np.flatnonzero(flags)
-    best = min(range(2, 9), key=lambda b: stream_bytes(gap_count(kept, b, len(flags)), b))
-    if stream_bytes(gap_count(kept, best, len(flags)), best) < len(flags) // 8:
-        yield "gaps", gaps(kept, best, len(flags)), best
+    few = np.count_nonzero(flags) < 0.45 * len(flags)  # with more nonzeros a bit an element is less than any gaps
+    kept = np.flatnonzero(flags) if few else np.empty(0, np.int64)
+    bits, size = best_gap_bits(kept, len(flags)) if few else (0, len(flags))
+    if size < len(flags) // 8:
+        yield "gaps", gaps(kept, bits, len(flags)), bits
     else:
         yield "mask", to_parts(flags, 1)[0], 0
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from torchopt.packing.bits import stream_bytes
+
 
 def gaps(nonzero: np.ndarray, bits: int, count: int) -> np.ndarray:
     """Return the gap symbols (uint8) of the positions of the nonzeros among `count` elements, for symbols of `bits` bits.
@@ -30,11 +32,19 @@ def gaps(nonzero: np.ndarray, bits: int, count: int) -> np.ndarray:
     return symbols
 
 
-def gap_count(nonzero: np.ndarray, bits: int, count: int) -> int:
-    """Return how many symbols `gaps` would give."""
-    filler = 2**bits - 1
-    zeros = np.diff(nonzero, prepend=-1) - 1
-    return int((zeros // filler).sum()) + len(nonzero) + _tail(nonzero, count) // filler
+def best_gap_bits(nonzero: np.ndarray, count: int) -> tuple[int, int]:
+    """Return (the width of gap symbols that takes the fewest bytes, those bytes).
+
+    Example:
+        >>> best_gap_bits(np.arange(0, 8000, 8), 8000)
+        (4, 500)
+    """
+    runs = np.bincount(np.diff(nonzero, prepend=-1) - 1)
+    length = np.arange(len(runs))
+    tail = _tail(nonzero, count)
+    sizes = {b: int(runs @ (length // (2**b - 1))) + len(nonzero) + tail // (2**b - 1) for b in range(2, 9)}
+    best = min(sizes, key=lambda b: stream_bytes(sizes[b], b))
+    return best, stream_bytes(sizes[best], best)
 
 
 def from_gaps(symbols: np.ndarray, bits: int, count: int) -> np.ndarray:

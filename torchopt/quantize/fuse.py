@@ -3,6 +3,7 @@
 1. conv or linear, then a batch norm that nothing else reads        → bn inside the layer
 2. either of them, then ReLU, ReLU6 or a Hardtanh from 0             → activation inside the layer
 3. a batch norm that follows no layer (DenseNet's, after Concat)     → a 1×1 depthwise convolution of ones with that bn inside
+4. Hardswish, SiLU                                                   → value times gate
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchopt.quantize.config import Quantize
+from torchopt.quantize.gates import expand, gate_of
 from torchopt.quantize.layers import FusedEmbedding, fused
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.targets import Target
@@ -43,6 +45,9 @@ def fuse(traced: fx.GraphModule, assignment: dict[str, Quantize], target: Target
             _absorb(traced, calls[path][0], layer)
     if assignment and not left:
         _lone_norms(traced, next(iter(assignment.values())), target)
+    for node in list(traced.graph.nodes):
+        if gate_of(traced, node) is not None and _from_integers(traced, node):
+            expand(traced, node)
     traced.graph.lint()
     traced.recompile()
     return left
