@@ -97,5 +97,5 @@ def _snap(module: nn.Module, config: Quantize, bits: int) -> None:
         axis = weight.out_axis if config.per_channel else None
         scale = weight_scale(value, 2 ** (bits - 1) - 1, axis)
         wide = along(scale, value.dim(), weight.out_axis)
-        value.copy_(torch.round(value / wide) * wide)
+        value.copy_((torch.round(value / wide) + 0.0) * wide)
         set_grid(module, weight.param, scale, bits, axis)

@@ -126,6 +126,7 @@ class Fused(nn.Module):
             scale = scale * factor
             q = q * along(torch.where(scale < 0, -1.0, 1.0), w.dim(), self.out_axis)
             scale = scale.abs().clamp(min=SMALLEST_SCALE)
+        q = q + 0.0  # integers know no -0.0, and the file must give back the same bits
         return q * along(scale, w.dim(), self.out_axis), bias, scale
 
     def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -37,7 +37,9 @@ class QuantizedRecurrent(nn.Module):
     def snapped(self, param: str) -> torch.Tensor:
         """Return one weight on its grid."""
         w, scale = getattr(self, param), self.scale(param)
-        return cast(torch.Tensor, Snap.apply(w, along(scale, w.dim(), 0), 2 ** (self.bits - 1) - 1, False)).contiguous()
+        return (
+            cast(torch.Tensor, Snap.apply(w, along(scale, w.dim(), 0), 2 ** (self.bits - 1) - 1, False)).contiguous() + 0.0
+        )  # no -0.0: integers know none
 
     def forward(self, *args: Any) -> Any:
         """Run the layer on its rounded weights."""

@@ -97,8 +97,7 @@ def compare_weights(model: nn.Module, path: str | os.PathLike[str]) -> tuple[int
             compared += 1
             ours = weight.value.detach().cpu().numpy()
             theirs = stored[weight.name]
-            # Equal as numbers: an integer grid has one zero, and rounding in torch leaves −0.0 beside 0.0.
-            if ours.dtype != theirs.dtype or not np.array_equal(ours, theirs):
+            if ours.dtype != theirs.dtype or ours.tobytes() != np.ascontiguousarray(theirs).tobytes():
                 return compared, weight.name
     return compared, None
 
