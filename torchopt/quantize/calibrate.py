@@ -1,0 +1,68 @@
+"""Calibration: run data through the observers of a prepared model, and fix the range of every activation.
+
+Each observer sees each batch once and keeps state of a fixed size; the ranges are chosen when the data ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from torchopt.batches import Batch, model_inputs
+from torchopt.errors import DataError, StateError
+from torchopt.progress import track
+from torchopt.quantize.activations import ActivationQuantizer
+
+
+@torch.no_grad()
+def synchronize(model: nn.Module) -> None:
+    """Give every activation range the mean over the ranks of a distributed run, in one reduction."""
+    quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer) and not m.fixed and m.calibrated]
+    if not quantizers:
+        return
+    ends = torch.stack([torch.stack([q.min_val, q.max_val]) for q in quantizers])
+    dist.all_reduce(ends)
+    for quantizer, (low, high) in zip(quantizers, ends / dist.get_world_size(), strict=True):
+        quantizer.set_range(low, high)
+
+
+def observes(model: nn.Module) -> bool:
+    """True where some activation quantizer chooses its range from data."""
+    return any(isinstance(m, ActivationQuantizer) and not m.fixed for m in model.modules())
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Iterable[Batch], *, progress: bool = True) -> None:
+    """Run data through the observers, in evaluation mode, and set the ranges that they chose, in place.
+
+    Raises:
+        StateError: nothing in the model observes data.
+        DataError: no batch, or an activation that is not finite.
+    """
+    quantizers = {name: m for name, m in model.named_modules() if isinstance(m, ActivationQuantizer) and not m.fixed}
+    if not quantizers:
+        raise StateError("calibrate: nothing in this model observes data; quantize with mode='static' in prepare")
+    training = model.training
+    model.eval()
+    for quantizer in quantizers.values():
+        quantizer.observer.reset()
+        quantizer.calibrating = True
+    count = 0
+    try:
+        for batch in track(batches, "calibrate", enabled=progress):
+            args, kwargs = model_inputs(model, batch)
+            if not all(bool(torch.isfinite(x).all()) for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()):
+                raise DataError(f"calibrate: batch {count} holds NaN or infinity; clean the data")
+            model(*args, **kwargs)
+            count += 1
+    finally:
+        for quantizer in quantizers.values():
+            quantizer.calibrating = False
+        model.train(training)
+    if count == 0:
+        raise DataError("calibrate: the loader gave no batch; give at least one")
+    for quantizer in quantizers.values():
+        quantizer.set_range(*quantizer.observer.range())
