@@ -12,6 +12,7 @@ from onnx import numpy_helper, parser
 
 from torchopt.errors import ModelError
 from torchopt.export.passes import (
+    DynamicMatMulPass,
     GlobalPoolPass,
     HalfWeightsPass,
     HardSigmoidPass,
@@ -227,7 +228,7 @@ def grid(scale, axis=0) -> dict[str, Grid]:
     return {"w": Grid(name="w", scale=torch.tensor(scale), bits=8, axis=axis)}
 
 
-def test_weights_on_a_grid_become_int8_and_decode_to_the_same_bits() -> None:
+def test_weights_on_a_grid_become_int8_and_decode_to_the_same_bits(tmp_path) -> None:
     scale = np.array([0.1, 0.3, 0.7], np.float32)
     codes = np.array([[1, -127], [0, 5], [127, -3]], np.int8)
     value = codes.astype(np.float32) * scale[:, None]
@@ -235,9 +236,51 @@ def test_weights_on_a_grid_become_int8_and_decode_to_the_same_bits() -> None:
     assert changes(IntegerWeightsPass(grid(scale)), after)
     stored = {name: v.const_value.numpy() for name, v in after.graph.initializers.items()}
     np.testing.assert_array_equal(stored["w"], codes, strict=True)
-    np.testing.assert_array_equal(stored["w_scale"], scale, strict=True)
-    np.testing.assert_array_equal(stored["w"].astype(np.float32) * stored["w_scale"][:, None], value, strict=True)
+    np.testing.assert_array_equal(stored["w_scale"], scale[:, None], strict=True)
+    np.testing.assert_array_equal(stored["w"].astype(np.float32) * stored["w_scale"], value, strict=True)
+    assert kinds(after) == ["Cast", "Mul", "Gemm"]  # the input is float: floats are multiplied
+    assert optimized_kinds(after, tmp_path) == {"Gemm": 1}  # decoded at load, not at each inference
     np.testing.assert_array_equal(run(after, pictures(4, 2)), run(before, pictures(4, 2)))
+
+
+def test_a_weight_that_meets_integers_keeps_its_dequantize_linear() -> None:
+    text = (
+        "g(float[N, 2] x) => (float[N, 3] y) { c = QuantizeLinear(x, s, z) d = DequantizeLinear(c, s, z)"
+        " f = Flatten(d) y = Gemm<transB=1>(f, w) }"
+    )
+    value = np.array([[0.1, -12.7], [0.0, 0.5], [12.7, -0.3]], np.float32)
+    scale = np.float32(0.1)
+    value = np.rint(value / scale).astype(np.float32) * scale
+    before, after = (model(text, w=value, **{k: GRID[k] for k in "sz"}) for _ in range(2))
+    assert changes(IntegerWeightsPass(grid(scale, None)), after)
+    assert Counter(kinds(after)) == {"QuantizeLinear": 1, "DequantizeLinear": 2, "Flatten": 1, "Gemm": 1}
+    np.testing.assert_allclose(run(after, pictures(4, 2)), run(before, pictures(4, 2)), rtol=1e-6, atol=1e-6)
+
+
+# ---------------------------------------------------------------- dynamic products
+def dynamic(product: str, **constants) -> ir.Model:
+    text = (
+        "g(float[N, 2] x) => (float[N, 3] y) { c, s, z = DynamicQuantizeLinear(x) d = DequantizeLinear(c, s, z)"
+        f" v = DequantizeLinear<axis=0>(w, t) {product} }}"
+    )
+    return model(text, w=np.array([[1, -127], [0, 5], [127, -3]], np.int8), t=np.array([0.1, 0.3, 0.7], np.float32), **constants)
+
+
+@pytest.mark.parametrize("product", ["y = Gemm<transB=1>(d, v, b)", "u = Transpose(v) p = MatMul(d, u) y = Add(p, b)"])
+def test_a_dynamic_product_is_one_integer_kernel(product, tmp_path) -> None:
+    bias = np.array([1, 2, 3], np.float32)
+    before, after = (dynamic(product, b=bias) for _ in range(2))
+    assert changes(DynamicMatMulPass(), after)
+    TidyPass(frozenset({"w"}))(after)
+    assert Counter(kinds(after)) == {
+        "DynamicQuantizeLinear": 1, "Transpose": 1, "MatMulInteger": 1, "Cast": 1, "Mul": 2, "Add": 1,
+    }  # fmt: skip
+    assert optimized_kinds(after, tmp_path) == {"DynamicQuantizeMatMul": 1}
+    np.testing.assert_allclose(run(after, pictures(4, 2)), run(before, pictures(4, 2)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_dynamic_product_of_another_form_stays() -> None:
+    assert not changes(DynamicMatMulPass(), dynamic("y = Gemm<transB=1, alpha=0.5>(d, v)"))
 
 
 def test_weights_off_their_grid_are_refused() -> None:

@@ -25,7 +25,7 @@ from torchopt.errors import ConfigError, FileError, StateError, TorchoptError
 from torchopt.files import atomic_path
 from torchopt.grid import SUFFIX, grids, set_grid
 from torchopt.prune.plan import apply_plan, plan_of
-from torchopt.quantize import FixedQuantize
+from torchopt.quantize import DynamicLinear, FixedQuantize
 from torchopt.rules import Rule
 from torchopt.state import State, find_state
 from torchopt.strict import build
@@ -94,7 +94,8 @@ def _header(model: nn.Module, state: State | None) -> Header:
     header: Header = {
         "format": FORMAT,
         "plan": state.plan if state is not None else plan_of(model),
-        "grids": {n: [g.bits, g.axis] for n, g in grids(model).items()},
+        "dynamic": [n for n, m in model.named_modules() if isinstance(m, DynamicLinear)],
+        "grids": {n: [g.bits, g.axis, g.block] for n, g in grids(model).items()},
     }
     if state is not None:
         header["prepared"] = {
@@ -118,6 +119,8 @@ def _rebuild(fresh: nn.Module, header: Header, tensors: Mapping[str, torch.Tenso
         found = {name: tuple(counts) for name, counts in saved["found"].items()}
         return attach(fresh, rules, inputs, found, saved["target"])
     _add_biases(fresh, tensors)
+    for name in header.get("dynamic", []):
+        DynamicLinear.of(fresh.get_submodule(name))
     for name in header["grids"]:
         owner, _, param = name.rpartition(".")
         fresh.get_submodule(owner).register_buffer(param + SUFFIX, torch.empty_like(tensors[name + SUFFIX]))
@@ -137,10 +140,10 @@ def _add_biases(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _restore_grids(model: nn.Module, saved: Mapping[str, Any]) -> None:
-    for name, (bits, axis) in saved.items():
+    for name, (bits, axis, *block) in saved.items():
         owner, _, param = name.rpartition(".")
         module = model.get_submodule(owner)
-        set_grid(module, param, module.get_buffer(param + SUFFIX), bits, axis)
+        set_grid(module, param, module.get_buffer(param + SUFFIX), bits, axis, *block)
 
 
 def _read(path: Path) -> tuple[Header, dict[str, torch.Tensor]]:

@@ -177,10 +177,10 @@ def _attach_scales(
 
 
 def _left_float(model: nn.Module, assigned: Sequence[Assigned]) -> list[Skipped]:
-    """Layers that the rules quantize but the traced graph does not call as layers of a known class."""
+    """Layers that get less than the rules ask for: float, or float activations."""
     assignment = {a.weight.module_name: a.rule.quantize for a in assigned if a.rule.quantize is not None}
-    reason = "the traced graph does not call it as a layer of a known class; it stays float (mode='weight_only' reaches it)"
-    return [Skipped(name=path, technique="quantize", reason=reason) for path in quantization.left_float(model, assignment)]
+    reasons = quantization.left_float(model, assignment)
+    return [Skipped(name=path, technique="quantize", reason=reason) for path, reason in reasons.items()]
 
 
 def _attach(model: nn.Module, assigned: Sequence[Assigned], found: Mapping[str, Left]) -> list[Skipped]:

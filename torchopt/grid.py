@@ -1,7 +1,7 @@
 """The integer grid of a baked weight: ŵ = s · q with q an integer, recorded beside the weight so that export can write q.
 
 Finalizing a quantized model leaves ordinary float32 Parameters whose values lie exactly on a grid. Which grid is kept on the
-owning module: the buffer `<param>_grid_scale` (so that `state_dict` carries it) and the attributes bits and axis. Reading is
+owning module: the buffer `<param>_grid_scale` (so that `state_dict` carries it) and the attributes bits, axis and block. Reading is
 strict: the values must satisfy ŵ = s·q bit for bit in float32 arithmetic, as DequantizeLinear computes it.
 """
 
@@ -19,12 +19,16 @@ SUFFIX = "_grid_scale"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Grid:
-    """The grid of one weight: `scale` float32 of shape () or (channels,), `bits` 2…8, `axis` of the channels or None."""
+    """The grid of one weight: `scale` float32 of shape () or (channels,), `bits` 2…8, `axis` of the channels or None.
+
+    With a `block`, consecutive inputs of a weight (outputs, inputs) share a scale, `block` each: scale has shape (outputs, blocks).
+    """
 
     name: str
     scale: torch.Tensor
     bits: int
     axis: int | None
+    block: int | None = None
 
     def codes(self, value: torch.Tensor) -> torch.Tensor:
         """Return the int8 codes q of `value` = s·q.
@@ -44,6 +48,8 @@ class Grid:
 
     def broadcast(self, rank: int) -> torch.Tensor:
         """Return the scale in a shape that multiplies a weight of `rank` dimensions."""
+        if self.block is not None:
+            return self.scale.repeat_interleave(self.block, 1)
         if self.axis is None:
             return self.scale
         shape = [1] * rank
@@ -51,15 +57,16 @@ class Grid:
         return self.scale.reshape(shape)
 
 
-def set_grid(module: nn.Module, param: str, scale: torch.Tensor, bits: int, axis: int | None) -> None:
+def set_grid(module: nn.Module, param: str, scale: torch.Tensor, bits: int, axis: int | None, block: int | None = None) -> None:
     """Record the grid of `module.<param>`.
 
     Args:
         module: the owner of the weight.
         param: the weight's attribute name.
-        scale: float32, shape () with `axis=None`, else (channels,).
+        scale: float32, shape () with `axis=None`, else (channels,), or (outputs, blocks) with a `block`.
         bits: 2 … 8.
         axis: the axis of the weight that `scale` runs along.
+        block: inputs that share a scale, in a weight (outputs, inputs); None is one scale a channel.
 
     Example:
         >>> layer = nn.Linear(2, 1, bias=False)
@@ -69,7 +76,7 @@ def set_grid(module: nn.Module, param: str, scale: torch.Tensor, bits: int, axis
         [[1, -2]]
     """
     module.register_buffer(param + SUFFIX, scale.detach().to(torch.float32).clone())
-    module.__dict__[f"_{param}_grid"] = (bits, axis)
+    module.__dict__[f"_{param}_grid"] = (bits, axis, block)
 
 
 def grids(model: nn.Module) -> dict[str, Grid]:
@@ -79,7 +86,7 @@ def grids(model: nn.Module) -> dict[str, Grid]:
         for buffer, scale in module._buffers.items():
             param = buffer.removesuffix(SUFFIX)
             if buffer.endswith(SUFFIX) and scale is not None and f"_{param}_grid" in module.__dict__:
-                bits, axis = module.__dict__[f"_{param}_grid"]
+                bits, axis, block = module.__dict__[f"_{param}_grid"]
                 name = f"{prefix}.{param}" if prefix else param
-                found[name] = Grid(name=name, scale=scale, bits=bits, axis=axis)
+                found[name] = Grid(name=name, scale=scale, bits=bits, axis=axis, block=block)
     return found

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from torchopt.errors import FileError, ModelError
 from torchopt.export.calls import Names, read_encoding, replace
+from torchopt.export.decoded import weight_values
 from torchopt.export.decoders import DOMAIN, function_bytes, function_name
 from torchopt.files import atomic_path
 from torchopt.packing import CALL_BYTES, Encoding, decode, encode, encodings, entropy_bytes
@@ -95,14 +96,7 @@ def decode_initializers(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """
     model = read(path)
     unpack_model(model, str(path))
-    values = {name: v.const_value.numpy() for name, v in model.graph.initializers.items() if v.const_value is not None}
-    for node in model.graph:
-        if node.op_type == "DequantizeLinear" and node.inputs[0] is not None and node.inputs[0].name in values:
-            values[str(node.inputs[0].name)] = _dequantized(node, values)
-        elif node.op_type == "Cast" and node.inputs[0] is not None and node.inputs[0].name in values:  # float16 weights
-            name = str(node.inputs[0].name)
-            values[name] = values[name].astype(ir.DataType(node.attributes["to"].as_int()).numpy())
-    return values
+    return weight_values(model)
 
 
 def pack_model(model: ir.Model) -> PackReport:
@@ -233,14 +227,3 @@ def _write(model: ir.Model, path: str | os.PathLike[str]) -> None:
         raise ModelError(f"{path}: cannot be one file (protobuf holds at most 2 GB): {str(error)[:200]}") from error
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
-
-
-def _dequantized(node: ir.Node, values: dict[str, np.ndarray]) -> np.ndarray:
-    q, scale = (values[str(v.name)] for v in node.inputs[:2] if v is not None)
-    zero_point = values[str(node.inputs[2].name)] if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros(1, q.dtype)
-    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
-
-    def spread(array: np.ndarray) -> np.ndarray:
-        return array.reshape([-1 if i == axis % q.ndim else 1 for i in range(q.ndim)]) if array.size > 1 else array.reshape(())
-
-    return (q.astype(np.float32) - spread(zero_point).astype(np.float32)) * spread(scale)

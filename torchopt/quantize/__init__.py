@@ -9,9 +9,11 @@ with warnings.catch_warnings():
     from torchopt.quantize.bake import bake
     from torchopt.quantize.calibrate import calibrate, observes, synchronize
     from torchopt.quantize.config import Quantize
+    from torchopt.quantize.dynamic import DynamicLinear
 
 __all__ = [
     "ActivationQuantizer",
+    "DynamicLinear",
     "FixedQuantize",
     "Quantize",
     "attach",

@@ -1,6 +1,7 @@
 """Put a model on integer grids: for training, or for calibration alone; the prepared form is the same.
 
 static        trace → fuse → place quantizers            weights and activations
+dynamic       swap layers in place, no tracing            linear layers: weights, and activations on their range in each call
 weight_only   swap layers in place, no tracing            weights alone, in any module
 float16       weights rounded to half precision at the end
 """
@@ -15,6 +16,7 @@ from torch import nn
 from torchopt.errors import ModelError, StateError
 from torchopt.quantize.activations import ActivationQuantizer
 from torchopt.quantize.config import Quantize
+from torchopt.quantize.dynamic import FusedDynamicLinear
 from torchopt.quantize.fuse import fuse
 from torchopt.quantize.layers import fused
 from torchopt.quantize.modules import Fused
@@ -46,10 +48,13 @@ def attach(
     """
     runtime = target_named(target)
     static = {path: config for path, config in assignment.items() if config.mode == "static"}
+    if static:
+        model = _static(model, static, example_inputs, runtime)
+    there = dict(model.named_modules())
     for path, config in assignment.items():
-        if config.mode != "static":
-            _weights_only(model, path, config, runtime)
-    return _static(model, static, example_inputs, runtime) if static else model
+        if config.mode != "static" and path in there:
+            model = _in_place(model, path, config, runtime)
+    return model
 
 
 def update(model: nn.Module, step: int) -> bool:
@@ -69,13 +74,20 @@ def update(model: nn.Module, step: int) -> bool:
     return bool(parts)
 
 
-def left_float(model: nn.Module, assignment: dict[str, Quantize]) -> list[str]:
-    """Return the paths of assigned modules that nothing stands for: they stay float, and the report says so."""
+def left_float(model: nn.Module, assignment: dict[str, Quantize]) -> dict[str, str]:
+    """Return why, by path, of the assigned modules that get less than was asked for; the report says so."""
     modules = dict(model.named_modules())
-    kinds = Fused | QuantizedRecurrent
-    return [
-        p for p in assignment if not (p in modules and (isinstance(modules[p], kinds) or WEIGHTS_LATER in modules[p].__dict__))
-    ]
+    reasons = {path: _less(modules.get(path), config) for path, config in assignment.items()}
+    return {path: reason for path, reason in reasons.items() if reason}
+
+
+def _less(module: nn.Module | None, config: Quantize) -> str:
+    """What a module lacks of its configuration; empty where it lacks nothing."""
+    if module is None or not (isinstance(module, Fused | QuantizedRecurrent) or WEIGHTS_LATER in module.__dict__):
+        return "the traced graph does not call it as a layer of a known class; it stays float (mode='weight_only' reaches it)"
+    if config.mode == "dynamic" and not isinstance(module, FusedDynamicLinear):
+        return "only linear layers round their input at run time; its weights are integers, its activations stay float"
+    return ""
 
 
 def settle_scales(model: nn.Module) -> None:
@@ -122,14 +134,18 @@ def _try(traced: nn.Module, example_inputs: tuple[Any, ...]) -> None:
     traced.train(training)
 
 
-def _weights_only(model: nn.Module, path: str, config: Quantize, runtime: Target) -> None:
+def _in_place(model: nn.Module, path: str, config: Quantize, runtime: Target) -> nn.Module:
+    """Swap one module for its quantized layer, where it has one; else its weights are snapped when baked."""
     module = get_module(model, path)
     bits = runtime.weight_bits(config)
     layer: nn.Module | None = None
-    if config.mode == "weight_only":
+    if config.mode != "float16":
         recurrent = RECURRENT.get(type(module))
         layer = recurrent.of(module, config, bits) if recurrent else fused(module, config, bits)
-    if layer is not None and path:
-        set_module(model, path, layer)
-    else:
+    if layer is None:
         module.__dict__[WEIGHTS_LATER] = (config, bits)
+        return model
+    if not path:
+        return layer
+    set_module(model, path, layer)
+    return model

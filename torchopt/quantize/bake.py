@@ -32,7 +32,10 @@ def bake(model: nn.Module) -> nn.Module:
         _bake_activations(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, Fused | QuantizedRecurrent):
-            set_module(model, name, module.bake())
+            plain = module.bake()
+            if not name:
+                return plain
+            set_module(model, name, plain)
         elif isinstance(module, ActivationQuantizer):
             scale, zero_point = module.calculate_qparams()
             fixed = FixedQuantize(scale, zero_point, module.quant_min, module.quant_max)
@@ -43,8 +46,8 @@ def bake(model: nn.Module) -> nn.Module:
         return model
     model.graph.lint()
     model.recompile()
-    plain = fx.GraphModule(model, model.graph, "Quantized")
-    return plain.train(model.training)
+    quantized = fx.GraphModule(model, model.graph, "Quantized")
+    return quantized.train(model.training)
 
 
 def _check_calibrated(model: nn.Module) -> None:

@@ -17,7 +17,6 @@ from torchopt.errors import ConfigError, nearest
 MODES = ("static", "dynamic", "weight_only", "float16")
 OBSERVERS = ("minmax", "moving_average", "histogram", "percentile", "mse", "entropy")
 NOT_YET: dict[str, object] = {
-    "mode": "dynamic",
     "rounding": "adaptive",
     "equalize": True,
     "bias_correction": True,
@@ -89,6 +88,8 @@ class Quantize:
         _check("block_size", block, fine, "a power of two of at least 16, or None")
         if block is not None:
             raise ConfigError(f"Quantize.block_size: {block} is not available yet; leave it out, one scale a channel is used")
+        if self.mode == "dynamic" and self.activation_bits != 8:
+            raise ConfigError("Quantize.activation_bits: 'dynamic' rounds to 8 bits; 8 is needed, or mode='static'")
         if self.mode == "float16" and (self.learn_scale or self.rounding != "nearest" or self.weight_bits != 8):
             raise ConfigError(
                 "Quantize.mode: 'float16' has no scales and no bits; leave weight_bits, rounding and learn_scale out"

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from torchopt.quantize.config import Quantize
+from torchopt.quantize.dynamic import FusedDynamicLinear
 from torchopt.quantize.modules import Fused
 
 
@@ -99,4 +100,6 @@ def fused(layer: nn.Module, config: Quantize, bits: int) -> Fused | None:
         'FusedConv2d'
     """
     cls = FUSED.get(type(layer))
+    if config.mode == "dynamic" and cls is FusedLinear:
+        cls = FusedDynamicLinear
     return None if cls is None else cls.of(layer, config, bits)

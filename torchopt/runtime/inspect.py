@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ INTEGER = {
     "QAttention",
 }
 FLOAT = LAYERS | {"FusedConv", "NhwcFusedConv", "FusedGemm", "FusedMatMul"}
+WRITTEN = {"DequantizeLinear", "Transpose", "Reshape", "Cast", "Identity", "QuantizeLinear"}  # between a constant and a layer
+NO_KERNEL = "ONNX Runtime has no integer kernel for this form"
 DECODING = {"BitwiseAnd", "CumSum", "ScatterElements", "GatherElements"}  # what packing alone brings into a graph
 
 
@@ -114,9 +116,7 @@ def _layers(model: ir.Model) -> list[tuple[ir.Node, ir.Value]]:
             if weight is not None:
                 found.append((node, weight))
         elif node.op_type in INTEGER:
-            weight = next(
-                (v for v in node.inputs[1:] if v is not None and v.is_initializer() and v.shape and len(v.shape) > 1), None
-            )
+            weight = next((w for w in map(_constant, node.inputs[1:]) if w is not None and _is_matrix(w)), None)
             if weight is not None:
                 found.append((node, weight))
     return found
@@ -130,10 +130,21 @@ def _constant(value: ir.Value | None) -> ir.Value | None:
             return value if value.is_initializer() else None
         if node.domain == DOMAIN:
             return value
-        if node.op_type not in ("DequantizeLinear", "Transpose", "Reshape", "Cast", "Identity", "QuantizeLinear"):
+        if node.op_type not in WRITTEN and not _scales(node):
             return None
         value = node.inputs[0]
     return None
+
+
+def _scales(node: ir.Node) -> bool:
+    """True for the Mul of integers that were cast to floats with their scale."""
+    source = node.inputs[0].producer() if node.op_type == "Mul" and node.inputs[0] is not None else None
+    return source is not None and source.op_type == "Cast"
+
+
+def _is_matrix(value: ir.Value) -> bool:
+    """True for a weight, which scales and zero points are not; the shape of a packed one is not in the file."""
+    return value.shape is None or len(value.shape) > 1
 
 
 def _layer(node: ir.Node, weight: ir.Value, producers: Mapping[str, onnx.NodeProto], model: ir.Model) -> Layer:
@@ -158,46 +169,68 @@ def _kernel(node: ir.Node, producers: Mapping[str, onnx.NodeProto]) -> str:
         users = [user for user, _ in value.uses()]
         if not users:
             break
+        if users[0].op_type in LAYERS | INTEGER:
+            break  # what comes out there is another layer's
         value, seen = users[0].outputs[0], seen + 1
     return ""
 
 
 def _dealt(layers: list[Layer], kernels: Mapping[str, int]) -> list[Layer]:
-    """Layers whose fused node has another name are dealt the kernels that are left over, integer ones only if no float is."""
+    """Layers whose fused node has another name are dealt the kernels that are left over.
+
+    Those that cannot be integers come first, and take float kernels; of the others, integer ones only if no float is left.
+    """
     left = Counter({k: n for k, n in kernels.items() if k in INTEGER | FLOAT})
     left.subtract(layer.kernel for layer in layers if layer.kernel)
     spare = sorted((k for k, n in left.items() for _ in range(max(0, n))), key=lambda k: k in INTEGER)
-    dealt = []
-    for layer in layers:
-        if layer.kernel:
-            dealt.append(layer)
-            continue
+    dealt = {id(layer): layer for layer in layers}
+    for layer in sorted((x for x in layers if not x.kernel), key=lambda x: x.reason == NO_KERNEL):
         kernel = spare.pop(0) if spare else "?"
         integer = kernel in INTEGER
-        reason = "" if integer else layer.reason
-        dealt.append(Layer(name=layer.name, kernel=kernel, integer=integer, reason=reason, weight_bytes=layer.weight_bytes))
-    return dealt
+        dealt[id(layer)] = replace(layer, kernel=kernel, integer=integer, reason="" if integer else layer.reason)
+    return list(dealt.values())
 
 
 def _reason(node: ir.Node) -> str:
     """Why ORT could not fuse the layer: the first condition of its selectors that does not hold."""
     activation, weight = node.inputs[0], node.inputs[1]
-    if not _dequantized(weight):
+    decoded = _decoded(weight)
+    if not (decoded or _dequantized(weight)):
         return "its weight is float"
     if not _dequantized(activation):
-        return "its input is not quantized"
+        return "its integers become floats at load (weights only)" if decoded else "its input is not quantized"
+    codes = activation.producer().inputs[0] if activation is not None and activation.producer() is not None else None  # type: ignore[union-attr]
+    dtype = _rounded_to(codes)
+    if dtype in (ir.DataType.UINT16, ir.DataType.INT16):
+        return "its activations have 16 bits, for which ONNX Runtime has no integer kernel"
     users = [user for user, _ in node.outputs[0].uses()]
     if node.op_type != "MatMul" and not all(_reaches_quantize(user) for user in users):
         return "its output is not quantized"
-    codes = activation.producer().inputs[0] if activation is not None and activation.producer() is not None else None  # type: ignore[union-attr]
-    if codes is not None and codes.dtype == ir.DataType.INT8:
+    if dtype == ir.DataType.INT8:
         return "its activations are int8, which the x86 kernels take only after a conversion; quantize to uint8"
-    return "ONNX Runtime has no integer kernel for this form"
+    return NO_KERNEL
+
+
+def _rounded_to(codes: ir.Value | None) -> ir.DataType | None:
+    """The type of an activation's integers: that of the zero point, since files do not record types between nodes."""
+    node = codes.producer() if codes is not None else None
+    while node is not None and node.op_type not in ("QuantizeLinear", "DynamicQuantizeLinear"):
+        node = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+    zero = node.inputs[2] if node is not None and len(node.inputs) > 2 else None
+    return zero.dtype if zero is not None else None
 
 
 def _dequantized(value: ir.Value | None) -> bool:
     producer = value.producer() if value is not None else None
     return producer is not None and producer.op_type == "DequantizeLinear"
+
+
+def _decoded(value: ir.Value | None) -> bool:
+    """True for integers that a Cast and a Mul turn into floats, transposed or not."""
+    node = value.producer() if value is not None else None
+    while node is not None and node.op_type in ("Transpose", "Reshape"):
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return node is not None and _scales(node)
 
 
 def _reaches_quantize(node: ir.Node) -> bool:

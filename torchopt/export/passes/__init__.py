@@ -1,5 +1,6 @@
 """Passes over an ONNX graph, one a file: each changes the form of what is computed, and none changes the numbers."""
 
+from torchopt.export.passes.dynamic_matmul import DynamicMatMulPass
 from torchopt.export.passes.global_pool import GlobalPoolPass
 from torchopt.export.passes.half_weights import HalfWeightsPass
 from torchopt.export.passes.hard_sigmoid import HardSigmoidPass
@@ -13,6 +14,7 @@ from torchopt.export.passes.static_shapes import StaticShapesPass
 from torchopt.export.passes.tidy import TidyPass
 
 __all__ = [
+    "DynamicMatMulPass",
     "GlobalPoolPass",
     "HalfWeightsPass",
     "HardSigmoidPass",

@@ -32,7 +32,8 @@ def _fits(value: ir.Value) -> bool:
     if value.const_value is None or value.is_graph_output() or value.is_graph_input():
         return False
     dense = value.const_value.numpy()
-    if dense.ndim < 2 or dense.size < SMALLEST or not list(value.uses()) or float(np.abs(dense).max()) > LARGEST:
+    vector = dense.size == max(dense.shape, default=0)  # a bias, or a scale in a shape that broadcasts
+    if dense.ndim < 2 or vector or dense.size < SMALLEST or not list(value.uses()) or float(np.abs(dense).max()) > LARGEST:
         return False
     return np.array_equal(dense.astype(np.float16).astype(np.float32).view(np.int32), dense.view(np.int32))
 
