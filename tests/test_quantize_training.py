@@ -216,7 +216,6 @@ def test_bad_calibration_data_is_refused(batches, message):
         ({"per_channel": 1}, r"per_channel: got 1; true or false"),
         ({"milestones": [3, 2, 1]}, r"milestones: got \[3, 2, 1\]; three optimizer steps in rising order"),
         ({"block_size": 24}, r"block_size: got 24; a power of two"),
-        ({"block_size": 32}, r"block_size: 32 is not available yet; leave it out"),
         ({"mode": "dynamic", "activation_bits": 16}, r"activation_bits: 'dynamic' rounds to 8 bits; 8 is needed"),
         ({"rounding": "adaptive"}, r"rounding: 'adaptive' is not available yet"),
         ({"equalize": True}, r"equalize: True is not available yet"),

@@ -1,9 +1,12 @@
 """The values of the weights in a graph: what stands between an initializer of integers and the float that torch has.
 
 1. q → DequantizeLinear(s)                                     q · s
-2. q → Cast → Mul(s)                                           q · s
+2. q → [Reshape] → Cast → Mul(s) → [Reshape]                   q · s, in blocks of inputs with the Reshapes
 3. h → Cast                                                    float16 weights
 4. q → Transpose → MatMulInteger → Cast → Mul(x_scale · s)     q · s, the weight is (outputs, inputs)
+5. u → MatMulNBits(s)                                          (q − 8) · s, two codes a byte, a scale a block
+
+A scale may itself be float16, with a Cast.
 """
 
 from __future__ import annotations
@@ -18,20 +21,52 @@ def weight_values(model: ir.Model) -> dict[str, np.ndarray]:
     values = dict(raw)
     for name in raw:
         for user, index in model.graph.initializers[name].uses():
-            if index == 0 and (value := _value(raw[name], user, raw)) is not None:
+            if index == (1 if user.op_type == "MatMulNBits" else 0) and (value := _value(raw[name], user, raw)) is not None:
                 values[name] = value
     return values
 
 
+def two_a_byte(model: ir.Model) -> list[str]:
+    """Return the names of the weights that hold two 4-bit codes a byte, packed or not."""
+    found = [node.inputs[1] for node in model.graph if node.op_type == "MatMulNBits"]
+    return list(dict.fromkeys(str(value.name) for value in found if value is not None))
+
+
+def halves(stored: np.ndarray) -> np.ndarray:
+    """Return the int8 codes −8 … 7 of shape (outputs, inputs) that bytes of shape (outputs, blocks, block/2) hold.
+
+    Example:
+        >>> halves(np.array([[[240, 152]]], np.uint8)).tolist()
+        [[-8, 7, 0, 1]]
+    """
+    return (np.stack([stored & 15, stored >> 4], axis=-1).astype(np.int8) - 8).reshape(len(stored), -1)
+
+
 def _value(stored: np.ndarray, user: ir.Node, raw: dict[str, np.ndarray]) -> np.ndarray | None:
     """What an initializer stands for by the node that reads it first, or None where it stands for itself."""
+    if user.op_type == "MatMulNBits":
+        scale = _constant(user.inputs[2], raw)
+        block = user.attributes["block_size"].as_int()
+        return None if scale is None else halves(stored).astype(np.float32) * scale.repeat(block, axis=1)
     if user.op_type == "DequantizeLinear":
         return _dequantized(stored, user, raw)
     if user.op_type == "Cast":
         value = stored.astype(ir.DataType(user.attributes["to"].as_int()).numpy())
         scale = _scale(_reader(user, "Mul"), raw) if stored.dtype.kind == "i" else None
         return value if scale is None else value * scale
-    product = _reader(user, "MatMulInteger") if user.op_type == "Transpose" else None
+    if (
+        user.op_type == "Reshape"
+        and (cast := _reader(user, "Cast")) is not None
+        and (shape := _constant(user.inputs[1], raw)) is not None
+    ):
+        apart = _value(stored.reshape(shape), cast, raw)
+        return None if apart is None else apart.reshape(stored.shape)
+    return _transposed(stored, user, raw) if user.op_type == "Transpose" else None
+
+
+def _transposed(stored: np.ndarray, user: ir.Node, raw: dict[str, np.ndarray]) -> np.ndarray | None:
+    """Case 4."""
+    product = _reader(user, "MatMulInteger")
     cast = _reader(product, "Cast") if product is not None else None
     scaled = _reader(cast, "Mul") if cast is not None else None
     factors = [v.producer() for v in scaled.inputs if v is not None] if scaled is not None else []
@@ -45,12 +80,24 @@ def _reader(node: ir.Node, kind: str) -> ir.Node | None:
 
 def _scale(node: ir.Node | None, raw: dict[str, np.ndarray]) -> np.ndarray | None:
     """The constant operand of a multiplication."""
-    operands = [str(v.name) for v in node.inputs if v is not None] if node is not None else []
-    return next((raw[name] for name in operands if name in raw), None)
+    operands = [_constant(v, raw) for v in node.inputs] if node is not None else []
+    return next((operand for operand in operands if operand is not None), None)
+
+
+def _constant(value: ir.Value | None, raw: dict[str, np.ndarray]) -> np.ndarray | None:
+    """A constant, also one that is stored as float16; None for what is computed."""
+    cast = value.producer() if value is not None else None
+    if cast is not None and cast.op_type == "Cast" and cast.inputs[0] is not None:
+        stored = raw.get(str(cast.inputs[0].name))
+        return stored.astype(np.float32) if stored is not None and stored.dtype == np.float16 else None
+    return raw.get(str(value.name)) if value is not None else None
 
 
 def _dequantized(q: np.ndarray, node: ir.Node, raw: dict[str, np.ndarray]) -> np.ndarray:
-    scale, zero_point = (raw[str(v.name)] if v is not None else np.zeros(1, q.dtype) for v in (*node.inputs, None)[1:3])
+    operands = [_constant(v, raw) for v in node.inputs]
+    scale, zero_point = operands[1], operands[2] if len(operands) > 2 else None
+    assert scale is not None
+    zero_point = np.zeros(1, q.dtype) if zero_point is None else zero_point
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
 
     def spread(array: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from torchopt.errors import ConfigError, ModelError, nearest
 from torchopt.export.graph import to_onnx
 from torchopt.export.pack import PackReport, pack_model
 from torchopt.export.passes import (
+    BlockWeightsPass,
     DynamicMatMulPass,
     GlobalPoolPass,
     HalfWeightsPass,
@@ -138,6 +139,7 @@ def _rewrite(graph: ir.Model, model: nn.Module) -> tuple[str, ...]:
         GlobalPoolPass(),
         HardSigmoidPass(),
         IntegerBatchNormPass(),
+        BlockWeightsPass(grids(model)),
         IntegerWeightsPass(grids(model)),
         DynamicMatMulPass(),
         LateDequantizePass(),

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from torchopt.quantize.blocks import FusedBlockLinear, takes_blocks
 from torchopt.quantize.config import Quantize
 from torchopt.quantize.dynamic import FusedDynamicLinear
 from torchopt.quantize.modules import Fused
@@ -102,4 +103,6 @@ def fused(layer: nn.Module, config: Quantize, bits: int) -> Fused | None:
     cls = FUSED.get(type(layer))
     if config.mode == "dynamic" and cls is FusedLinear:
         cls = FusedDynamicLinear
+    elif config.block_size is not None and takes_blocks(layer, config.block_size):
+        cls = FusedBlockLinear
     return None if cls is None else cls.of(layer, config, bits)

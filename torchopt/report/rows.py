@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from torchopt.export.decoded import halves, two_a_byte
 from torchopt.export.decoders import DOMAIN
 from torchopt.export.pack import read, unpack_model
 from torchopt.grid import Grid, grids
@@ -164,6 +165,7 @@ def _of_file(path: Path) -> Report:
             parts = [v for v in node.inputs if v is not None and v.const_value is not None]
             size = sum(v.const_value.nbytes for v in parts if v.const_value is not None)
             stored[str(node.outputs[0].name)] = (size, _bits(parts[-1].dtype))
+    stored.update({name: (stored[name][0], 4) for name in two_a_byte(model)})
     rows = [_row(name, v, *stored[name], ()) for name, v in values.items() if v.ndim > 1 and name in stored]
     return Report(rows=rows, skipped=[])
 
@@ -174,7 +176,8 @@ def _symbols(path: Path) -> dict[str, np.ndarray]:
     unpack_model(model, str(path))
     kept = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8, ir.DataType.UINT8}
     constants = model.graph.initializers.items()
-    return {name: v.const_value.numpy() for name, v in constants if v.const_value is not None and v.dtype in kept}
+    dense = {name: v.const_value.numpy() for name, v in constants if v.const_value is not None and v.dtype in kept}
+    return dense | {name: halves(dense[name]) for name in two_a_byte(model)}
 
 
 def _bits(dtype: ir.DataType | None) -> int | None:

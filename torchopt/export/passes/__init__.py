@@ -1,5 +1,6 @@
 """Passes over an ONNX graph, one a file: each changes the form of what is computed, and none changes the numbers."""
 
+from torchopt.export.passes.block_weights import BlockWeightsPass
 from torchopt.export.passes.dynamic_matmul import DynamicMatMulPass
 from torchopt.export.passes.global_pool import GlobalPoolPass
 from torchopt.export.passes.half_weights import HalfWeightsPass
@@ -14,6 +15,7 @@ from torchopt.export.passes.static_shapes import StaticShapesPass
 from torchopt.export.passes.tidy import TidyPass
 
 __all__ = [
+    "BlockWeightsPass",
     "DynamicMatMulPass",
     "GlobalPoolPass",
     "HalfWeightsPass",

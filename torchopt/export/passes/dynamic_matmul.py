@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from torchopt.export.passes.block_weights import is_plain_gemm
+
 
 class DynamicMatMulPass(ir.passes.InPlacePass):
     """Rewrite every product of a dynamically quantized tensor with an integer weight."""
@@ -40,8 +42,7 @@ def _weight(node: ir.Node) -> ir.Node | None:
     """The DequantizeLinear of a weight (outputs, inputs) that a product reads transposed, or None."""
     value = node.inputs[1] if len(node.inputs) > 1 else None
     if node.op_type == "Gemm":
-        given = {name: attribute.value for name, attribute in node.attributes.items()}
-        if {"transA": 0, "alpha": 1.0, "beta": 1.0} | given != {"transA": 0, "alpha": 1.0, "beta": 1.0, "transB": 1}:
+        if not is_plain_gemm(node):
             return None
     else:
         transpose = _producer(value, "Transpose")

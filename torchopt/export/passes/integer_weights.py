@@ -40,9 +40,10 @@ class IntegerWeightsPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite every initializer that has a grid."""
-        found = [name for name in self.grids if name in model.graph.initializers and model.graph.initializers[name].uses()]
+        known = model.graph.initializers
+        found = [n for n in self.grids if n in known and known[n].uses() and known[n].dtype == ir.DataType.FLOAT]
         for name in found:
-            _replace(model.graph, model.graph.initializers[name], self.grids[name])
+            _replace(model.graph, known[name], self.grids[name])
         return ir.passes.PassResult(model, modified=bool(found))
 
 
@@ -67,8 +68,10 @@ def _replace(graph: ir.Graph, weight: ir.Value, grid: Grid) -> None:
     graph.initializers.pop(name)
     weight.name = name + "_float"
     stored = constant(graph, name, codes)
-    if any(meets_integers(user) for user, _ in users):
+    if grid.block is None and any(meets_integers(user) for user, _ in users):
         output = _dequantized(graph, stored, scale, grid.axis, any(user.op_type == "Gemm" for user, _ in users))
+    elif grid.block is not None:
+        output = _multiplied_in_blocks(graph, stored, scale, grid.block)
     else:
         output = _multiplied(graph, stored, grid.broadcast(codes.ndim).detach().cpu().numpy().astype(np.float32))
     output.name, output.shape, output.dtype = name + "_dq", ir.Shape(codes.shape), ir.DataType.FLOAT
@@ -120,3 +123,17 @@ def _multiplied(graph: ir.Graph, codes: ir.Value, scale: np.ndarray) -> ir.Value
     node = ir.Node("", "Mul", [cast.outputs[0], constant(graph, f"{codes.name}_scale", scale)])
     graph.insert_before(graph[0], [cast, node])
     return node.outputs[0]
+
+
+def _multiplied_in_blocks(graph: ir.Graph, codes: ir.Value, scale: np.ndarray, block: int) -> ir.Value:
+    """The same with a scale a block: the weight is seen as (outputs, blocks, inputs of a block) meanwhile."""
+    name, (outputs, blocks) = codes.name, scale.shape
+    apart = constant(graph, f"{name}_blocks", np.array([outputs, blocks, block]))
+    whole = constant(graph, f"{name}_shape", np.array([outputs, blocks * block]))
+    before = ir.Node("", "Reshape", [codes, apart])
+    before.outputs[0].name = f"{name}_apart"
+    product = _multiplied(graph, before.outputs[0], scale[:, :, None])
+    product.name = f"{name}_product"
+    after = ir.Node("", "Reshape", [product, whole])
+    graph.insert_before(graph[0], [before, after])
+    return after.outputs[0]

@@ -55,4 +55,6 @@ class TidyPass(ir.passes.InPlacePass):
     def _may_fold(self, node: ir.Node) -> bool | None:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             return False
+        if node.op_type == "Cast" and node.inputs[0] is not None and node.inputs[0].dtype == ir.DataType.FLOAT16:
+            return False  # stored so to save bytes
         return False if any(value is not None and value.name in self.keep for value in node.inputs) else None
