@@ -15,8 +15,8 @@ from torch import nn
 
 from torchopt.errors import ModelError, StateError
 from torchopt.quantize.activations import ActivationQuantizer
-from torchopt.quantize.blocks import FusedBlockLinear
 from torchopt.quantize.config import Quantize
+from torchopt.quantize.corrections import check
 from torchopt.quantize.dynamic import FusedDynamicLinear
 from torchopt.quantize.fuse import fuse
 from torchopt.quantize.layers import fused
@@ -88,11 +88,6 @@ def _less(module: nn.Module | None, config: Quantize) -> str:
         return "the traced graph does not call it as a layer of a known class; it stays float (mode='weight_only' reaches it)"
     if config.mode == "dynamic" and not isinstance(module, FusedDynamicLinear):
         return "only linear layers round their input at run time; its weights are integers, its activations stay float"
-    if config.block_size is not None and not isinstance(module, FusedBlockLinear):
-        blocks = (
-            f"its {module.in_features} inputs are no multiple of" if isinstance(module, nn.Linear) else "only linear layers have"
-        )
-        return f"{blocks} block_size={config.block_size}; it has one scale a channel"
     return ""
 
 
@@ -117,6 +112,7 @@ def _static(
         raise ModelError(
             f"quantize: none of {list(assignment)[:3]} is called as a layer of a known class; use mode='weight_only'"
         )
+    check(traced)
     place(traced, assignment, runtime)
     traced.graph.eliminate_dead_code()
     traced.delete_all_unused_submodules()

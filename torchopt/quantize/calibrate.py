@@ -15,6 +15,7 @@ from torchopt.batches import Batch, model_inputs
 from torchopt.errors import DataError, StateError
 from torchopt.progress import track
 from torchopt.quantize.activations import ActivationQuantizer
+from torchopt.quantize.corrections import ahead, correct, undisturbed
 
 
 @torch.no_grad()
@@ -36,15 +37,17 @@ def observes(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable[Batch], *, progress: bool = True) -> None:
-    """Run data through the observers, in evaluation mode, and set the ranges that they chose, in place.
+    """Run data through the observers, in evaluation mode, set the ranges that they chose, and correct the weights, in place.
 
     Raises:
         StateError: nothing in the model observes data.
         DataError: no batch, or an activation that is not finite.
+        ModelError: a correction meets weights that it would spoil.
     """
     quantizers = {name: m for name, m in model.named_modules() if isinstance(m, ActivationQuantizer) and not m.fixed}
     if not quantizers:
         raise StateError("calibrate: nothing in this model observes data; quantize with mode='static' in prepare")
+    batches, samples = ahead(model, batches)
     training = model.training
     model.eval()
     for quantizer in quantizers.values():
@@ -52,12 +55,13 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], *, progress: bool = Tr
         quantizer.calibrating = True
     count = 0
     try:
-        for batch in track(batches, "calibrate", enabled=progress):
-            args, kwargs = model_inputs(model, batch)
-            if not all(bool(torch.isfinite(x).all()) for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()):
-                raise DataError(f"calibrate: batch {count} holds NaN or infinity; clean the data")
-            model(*args, **kwargs)
-            count += 1
+        with undisturbed(model):
+            for batch in track(batches, "calibrate", enabled=progress):
+                args, kwargs = model_inputs(model, batch)
+                if not all(bool(torch.isfinite(x).all()) for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()):
+                    raise DataError(f"calibrate: batch {count} holds NaN or infinity; clean the data")
+                model(*args, **kwargs)
+                count += 1
     finally:
         for quantizer in quantizers.values():
             quantizer.calibrating = False
@@ -66,3 +70,4 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], *, progress: bool = Tr
         raise DataError("calibrate: the loader gave no batch; give at least one")
     for quantizer in quantizers.values():
         quantizer.set_range(*quantizer.observer.range())
+    correct(model, samples, progress=progress)

@@ -17,9 +17,6 @@ from torchopt.errors import ConfigError, nearest
 MODES = ("static", "dynamic", "weight_only", "float16")
 OBSERVERS = ("minmax", "moving_average", "histogram", "percentile", "mse", "entropy")
 NOT_YET: dict[str, object] = {
-    "rounding": "adaptive",
-    "equalize": True,
-    "bias_correction": True,
     "fallback": "auto",
 }  # named in the public contract; refused rather than ignored
 ROUNDINGS = ("nearest", "adaptive")
@@ -87,24 +84,21 @@ class Quantize:
         fine = block is None or (_is_int(block) and block >= 16 and block & (block - 1) == 0)
         _check("block_size", block, fine, "a power of two of at least 16, or None")
         if block is not None:
-            self._check_blocks(block)
+            raise ConfigError(f"Quantize.block_size: {block} is not available yet; leave it out, one scale a channel is used")
         if self.mode == "dynamic" and self.activation_bits != 8:
             raise ConfigError("Quantize.activation_bits: 'dynamic' rounds to 8 bits; 8 is needed, or mode='static'")
+        if self.mode != "static":
+            for name, off in (("equalize", False), ("bias_correction", False), ("rounding", "nearest")):
+                if getattr(self, name) != off:
+                    raise ConfigError(
+                        f"Quantize.{name}: learns from calibration data, of which mode={self.mode!r} sees none; use mode='static'"
+                    )
         if self.mode == "float16" and (self.learn_scale or self.rounding != "nearest" or self.weight_bits != 8):
             raise ConfigError(
                 "Quantize.mode: 'float16' has no scales and no bits; leave weight_bits, rounding and learn_scale out"
             )
         if self.learn_scale and self.rounding == "adaptive":
             raise ConfigError("Quantize.learn_scale: training moves what rounding='adaptive' fixed; choose one of the two")
-
-    def _check_blocks(self, block: int) -> None:
-        if self.mode != "weight_only" or self.weight_bits != 4:
-            raise ConfigError(
-                f"Quantize.block_size: {block} with mode={self.mode!r}, weight_bits={self.weight_bits}; a scale a block is for 4-bit "
-                "weights and float activations: mode='weight_only', weight_bits=4"
-            )
-        if not self.per_channel or self.learn_scale:
-            raise ConfigError(f"Quantize.block_size: {block} fixes a scale a block; leave per_channel and learn_scale out")
 
     @property
     def qmax(self) -> int:

@@ -32,6 +32,8 @@ from torchopt.quantize.weight_grid import (
 )
 from torchopt.surgery import batch_norm_affine
 
+LOW_BITS = 4  # up to here calibration searches where the grid ends
+
 
 class Fused(nn.Module):
     """What the quantized layers share; mixed in before `nn.Conv2d` and its kin.
@@ -41,6 +43,8 @@ class Fused(nn.Module):
         bits: bits of the weight grid, which a target may lower.
         bn: the batch norm fused in, or None.
         act: the activation fused in, or None.
+        shift: what bias correction adds to each channel before the activation, while the weight is rounded; None without it.
+        reach: where the grid of each channel ends, as a fraction of the largest |w|; None is 1 (8 bits, learned scales).
     """
 
     weight: Any  # a Parameter, or what a mask and a table make of one
@@ -50,6 +54,8 @@ class Fused(nn.Module):
     bn: nn.Module | None
     act: nn.Module | None
     rounding: bool
+    reach: torch.Tensor | None
+    shift: torch.Tensor | None
     fake_quant_enabled: torch.Tensor
     bn_frozen: torch.Tensor
 
@@ -76,6 +82,10 @@ class Fused(nn.Module):
         self.register_buffer("fake_quant_enabled", torch.ones(1, dtype=torch.uint8, device=device))
         self.register_buffer("bn_frozen", torch.zeros(1, dtype=torch.uint8, device=device))
         self.frozen = False
+        chosen = not config.learn_scale and (bits <= LOW_BITS or config.rounding == "adaptive")
+        self.register_buffer("reach", torch.ones(self.weight.shape[self.out_axis], device=device) if chosen else None)
+        channels = self.weight.shape[1] * self.groups if self.out_axis else len(self.weight)
+        self.register_buffer("shift", torch.zeros(channels, device=device) if config.bias_correction else None)
         if config.learn_scale:
             start = lsq_start(self.weight, self.qmax, self.out_axis if config.per_channel else None)
             self.weight_scale = nn.Parameter(start)
@@ -90,6 +100,11 @@ class Fused(nn.Module):
         """The axis of the output channels."""
         return 1 if isinstance(self, _ConvTransposeNd) else 0
 
+    @property
+    def channel_axis(self) -> int:
+        """The axis of the channels in the output."""
+        return 1 if hasattr(self, "kernel_size") else -1
+
     def enable_fake_quant(self, enabled: bool = True) -> None:
         """Round the weight, or use it as it is."""
         self.fake_quant_enabled.fill_(enabled)
@@ -99,9 +114,11 @@ class Fused(nn.Module):
         """Return the scale of the weight's grid before batch norm: shape (channels,), or () when per tensor."""
         if self.config.learn_scale:
             return self.weight_scale.abs().clamp(min=SMALLEST_SCALE)
-        if not self.config.per_channel or settle(self, "weight"):
-            return weight_scale(w, self.qmax, None)
-        return weight_scale(w, self.qmax, self.out_axis)
+        shared = not self.config.per_channel or settle(self, "weight")
+        scale = weight_scale(w, self.qmax, None if shared else self.out_axis)
+        if self.reach is None:
+            return scale
+        return scale * (self.reach[0] if shared else self.reach)
 
     def fake_quantized(self, w: torch.Tensor) -> torch.Tensor:
         """Return the weight on its grid, as training uses it."""
@@ -109,7 +126,7 @@ class Fused(nn.Module):
         wide = along(scale, w.dim(), self.out_axis)
         if self.config.learn_scale:
             return lsq(w, wide, self.qmax)
-        return cast(torch.Tensor, Snap.apply(w, wide, self.qmax, False))
+        return cast(torch.Tensor, Snap.apply(w, wide, self.qmax, self.reach is not None))
 
     def folded(self, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Return weight, bias and scale with batch norm folded in: ŵ = s'·q bit for bit.
@@ -126,6 +143,8 @@ class Fused(nn.Module):
             scale = scale * factor
             q = q * along(torch.where(scale < 0, -1.0, 1.0), w.dim(), self.out_axis)
             scale = scale.abs().clamp(min=SMALLEST_SCALE)
+        if self.shift is not None:
+            bias = self.shift if bias is None else bias + self.shift
         q = q + 0.0  # integers know no -0.0, and the file must give back the same bits
         return q * along(scale, w.dim(), self.out_axis), bias, scale
 
@@ -141,6 +160,8 @@ class Fused(nn.Module):
         if self.training or not self.rounding or not self.bn_is_fixed:
             y = self.compute(x, self.fake_quantized(w) if self.rounding else w, self.bias)
             y = y if self.bn is None else self.bn(y)
+            if self.shift is not None and self.rounding:
+                y = y + along(self.shift, y.dim(), self.channel_axis)
         else:
             weight, bias, _ = self.folded(w)
             y = self.compute(x, weight, bias)

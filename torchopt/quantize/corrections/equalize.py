@@ -1,0 +1,206 @@
+"""Cross-layer equalization: give the channels of the tensors between layers equal ranges (Nagel et al. 2019, arXiv:1906.04721, §4.1).
+
+    y = W₂·f(W₁x + b₁)  =  W₂S⁻¹·f(S·W₁x + S·b₁)        f(s·x) = s·f(x),  s > 0:  none, ReLU, sums, pooling
+
+An activation has one scale for the whole tensor: a channel whose values stay at a hundredth of the largest gets two or three of the 256
+integers. Weights have a scale per output channel, so that the rows of W₁ may be multiplied freely; what is traded is the range aᵢ of
+channel i against the column of W₂ that reads it, wᵢ relative to the largest weights of its rows:  sᵢ ∝ √(wᵢ / aᵢ), and ∝ 1 / aᵢ where
+only depthwise layers read it, whose rows have one column. A group is all tensors that must share S, as those along a residual stream.
+
+ReLU6 is not homogeneous. Its channels are only enlarged, until the largest value that calibration sees reaches 6: below that the
+function is the same, above it saturates where the range of the rounding ends anyway, and the layer still runs as one integer kernel.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from torchopt.errors import DataError, ModelError
+from torchopt.quantize.activations import ActivationQuantizer
+from torchopt.quantize.corrections.walk import Call, ordered, rounding
+from torchopt.quantize.modules import Fused
+from torchopt.quantize.weight_grid import lsq_start
+from torchopt.weights import Weight
+
+KEEP_MODULES = (
+    ActivationQuantizer, nn.Dropout, nn.Dropout2d, nn.Identity, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten,
+)  # fmt: skip
+KEEP_FUNCTIONS = {
+    operator.add, operator.iadd, torch.add, torch.relu, F.relu, F.dropout, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d,
+    torch.flatten, torch.mean,
+}  # fmt: skip
+SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+KEEP_METHODS = {"add", "add_", "relu", "relu_", "mean", "flatten"}
+HALF = 0.5  # of the inequality goes to the activation, the other half to the weights that read it (Xiao et al. 2022, arXiv:2211.10438)
+
+
+@dataclass(kw_only=True, eq=False)
+class Group:
+    """Tensors that share S: who makes them, who reads them, and the largest |value| of each channel."""
+
+    makers: list[Fused] = field(default_factory=list)
+    readers: list[Fused] = field(default_factory=list)
+    peak: torch.Tensor | None = None
+    fixed: bool = False
+
+
+@torch.no_grad()
+def equalize(model: nn.Module, calls: Sequence[Call]) -> int:
+    """Scale the channels of every group of tensors whose layers ask for it, in place; the float function stays.
+
+    Args:
+        model: what `attach` returned for static quantization.
+        calls: the samples, as arguments of the model.
+
+    Returns:
+        How many groups were equalized.
+
+    Raises:
+        ModelError: the model has no graph.
+        DataError: an activation is not finite.
+    """
+    if not isinstance(model, fx.GraphModule):
+        raise ModelError(f"equalize: {type(model).__name__} is not a traced model; use mode='static'")
+    peaks = Peaks(model)
+    with rounding(model, enabled=False):
+        for args in ordered(model, calls):
+            peaks.run(*args)
+    if not all(bool(torch.isfinite(peak).all()) for peak in peaks.found.values()):
+        raise DataError("equalize: an activation is NaN or infinite; clean the data")
+    done = 0
+    for group in groups(model, peaks.found):
+        if not group.fixed and group.makers and group.readers and group.peak is not None:
+            _scale(group, factors(group))
+            done += 1
+    return done
+
+
+class Peaks(fx.Interpreter):
+    """Runs the graph, and keeps the largest |value| of each channel (axis 1) of each tensor."""
+
+    def __init__(self, model: fx.GraphModule) -> None:
+        super().__init__(model)
+        self.found: dict[fx.Node, torch.Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node and look at what it gives."""
+        value = super().run_node(n)
+        if n.op != "output" and isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 2:
+            peak = value.abs().transpose(0, 1).flatten(1).amax(1)
+            before = self.found.get(n)
+            self.found[n] = peak if before is None or before.shape != peak.shape else torch.maximum(before, peak)
+        return value
+
+
+def groups(model: fx.GraphModule, peaks: dict[fx.Node, torch.Tensor]) -> list[Group]:
+    """Return the groups in the order of the graph; those that anything else touches are marked fixed."""
+    of: dict[fx.Node, Group] = {}
+    calls = Counter(node.target for node in model.graph.nodes if node.op == "call_module")
+    for node in model.graph.nodes:
+        module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        group = of[node] = Group(peak=peaks.get(node))
+        if isinstance(module, Fused) and calls[node.target] == 1 and _takes_part(module):
+            group.makers.append(module)
+            of[node.all_input_nodes[0]].readers.append(module)
+            group.fixed = module.bn is not None and module.bn.weight is None
+        elif _keeps(model, node) and all(_same_channels(peaks, node, s) for s in node.all_input_nodes):
+            for source in node.all_input_nodes:
+                _join(of, node, source)
+        else:
+            for touched in (node, *node.all_input_nodes):
+                of[touched].fixed = True
+    return list(dict.fromkeys(of.values()))
+
+
+def factors(group: Group) -> torch.Tensor:
+    """Return S of a group, one factor a channel: 1 for channels that are always zero."""
+    assert group.peak is not None
+    a = group.peak / group.peak.max()
+    columns = torch.stack([_columns(reader) for reader in group.readers]).amax(0)
+    free = all(reader.weight.shape[1] == 1 for reader in group.readers)
+    s = 1 / a if free else (columns / a) ** HALF
+    s = torch.where((a > 0) & (columns > 0), s, 0.0)
+    s = s / (a * s).max()
+    top = min((_top(maker) for maker in group.makers), default=math.inf)
+    if top < math.inf:
+        s = torch.minimum(s.clamp(min=1), top / group.peak.clamp(min=1e-30))
+    return torch.where((a > 0) & (columns > 0), s, 1.0)
+
+
+def _columns(reader: Fused) -> torch.Tensor:
+    """The largest |w| that reads each input channel, relative to the largest of its row."""
+    rows = reader.weight.abs().flatten(2) if reader.weight.dim() > 2 else reader.weight.abs()[:, :, None]  # (out, in, kernel)
+    rows = rows.amax(2) / rows.amax((1, 2), keepdim=False).clamp(min=1e-30)[:, None]
+    split = getattr(reader, "groups", 1)
+    return rows.reshape(split, -1, rows.shape[1]).amax(1).flatten()
+
+
+def _scale(group: Group, s: torch.Tensor) -> None:
+    for maker in group.makers:
+        if maker.bn is not None:
+            maker.bn.weight.mul_(s)  # type: ignore[operator, union-attr]
+            maker.bn.bias.mul_(s)  # type: ignore[operator, union-attr]
+        else:
+            _multiply(maker, s.reshape(-1, *[1] * (maker.weight.dim() - 1)))
+            if maker.bias is not None:
+                maker.bias *= s
+    for reader in group.readers:
+        split, inner = getattr(reader, "groups", 1), reader.weight.shape[1]
+        each = s.reshape(split, 1, inner).expand(-1, len(reader.weight) // split, -1)  # (groups, out of a group, in of a group)
+        _multiply(reader, 1 / each.reshape(len(reader.weight), inner, *[1] * (reader.weight.dim() - 2)))
+
+
+def _multiply(layer: Fused, factor: torch.Tensor) -> None:
+    """Multiply what stands under the layer's weight."""
+    weight = Weight(module_name="", module=layer, param="weight", kind="custom")
+    weight.trainable.mul_(factor)
+    if weight.trainable is not layer.weight:
+        layer.weight = weight.value
+    if layer.config.learn_scale:
+        layer.weight_scale.copy_(lsq_start(layer.weight, layer.qmax, layer.out_axis if layer.config.per_channel else None))
+
+
+def _takes_part(layer: Fused) -> bool:
+    return layer.config.equalize and layer.out_axis == 0 and not isinstance(layer, nn.Embedding)
+
+
+def _top(layer: Fused) -> float:
+    """Where the activation of a layer stops being homogeneous."""
+    return float(getattr(layer.act, "max_val", math.inf))
+
+
+def _keeps(model: fx.GraphModule, node: fx.Node) -> bool:
+    """True where f(s·x) = s·f(x), channel by channel."""
+    if node.op == "call_module":
+        module = model.get_submodule(str(node.target))
+        return isinstance(module, KEEP_MODULES) and not isinstance(module, nn.ReLU6)
+    known = KEEP_FUNCTIONS if node.op == "call_function" else KEEP_METHODS if node.op == "call_method" else ()
+    sums = node.target in SUMS
+    return node.target in known and (not sums or (len(node.all_input_nodes) == len(node.args) == 2 and not node.kwargs))
+
+
+def _same_channels(peaks: dict[fx.Node, torch.Tensor], node: fx.Node, source: fx.Node) -> bool:
+    return node in peaks and source in peaks and peaks[node].shape == peaks[source].shape
+
+
+def _join(of: dict[fx.Node, Group], node: fx.Node, source: fx.Node) -> None:
+    """Put two groups together under the earlier one."""
+    one, other = of[source], of[node]
+    if one is other:
+        return
+    assert one.peak is not None
+    assert other.peak is not None
+    one.makers += other.makers
+    one.readers += other.readers
+    one.peak, one.fixed = torch.maximum(one.peak, other.peak), one.fixed or other.fixed
+    for member in [n for n, group in of.items() if group is other]:
+        of[member] = one

@@ -1,0 +1,165 @@
+"""Walk through a prepared model layer by layer, as the float network and as the rounded one, side by side.
+
+What a correction of layer l needs is the output of the float network after l, and the input of l in the network whose earlier layers
+are rounded (and corrected) already:  y = f_l(x),  x̂ = f̂_{l−1}(…f̂_1(x_0)). Both runs go node by node over the same samples, so that
+the whole walk costs two forward passes, and a value is kept only until its last reader has run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from torchopt.errors import ModelError
+from torchopt.quantize.activations import ActivationQuantizer
+from torchopt.quantize.modules import Fused
+
+SAMPLES = 128  # what corrections learn from; more samples cost memory and change the third digit
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+Env = dict[fx.Node, Any]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Visit:
+    """One layer on the way: its rounded inputs, and the float network's outputs after batch norm and before the activation.
+
+    Both hold one tensor a batch.
+    """
+
+    name: str
+    layer: Fused
+    inputs: list[torch.Tensor]
+    floats: list[torch.Tensor]
+
+
+def walk(model: nn.Module, calls: Sequence[Call]) -> Iterator[Visit]:
+    """Yield each quantized layer once, in the order of the graph; what the caller changes in it, later layers see.
+
+    Args:
+        model: what `attach` returned for static quantization, under `rounding`.
+        calls: the samples, as the arguments of the model.
+
+    Raises:
+        ModelError: the model has no graph to walk along.
+    """
+    if not isinstance(model, fx.GraphModule):
+        raise ModelError(
+            f"calibrate: {type(model).__name__} is not a traced model, corrections need its graph; use mode='static'"
+        )
+    names = model.graph.find_nodes(op="placeholder")
+    sides = [(dict(zip(names, v, strict=True)), dict(zip(names, v, strict=True))) for v in ordered(model, calls)]
+    runner = fx.Interpreter(model, garbage_collect_values=False)
+    seen: set[nn.Module] = set()
+    last = _last_uses(model.graph)
+    for node in model.graph.nodes:
+        if node.op == "output":
+            return
+        module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, Fused):
+            yield from _layer(runner, node, module, sides, seen)
+        elif node.op != "placeholder":
+            for floats, rounded in sides:
+                with _as_is(module):
+                    floats[node] = _run(runner, node, floats)
+                rounded[node] = _run(runner, node, rounded)
+        for done in last[node]:
+            for side in sides:
+                for env in side:
+                    del env[done]
+
+
+def _layer(
+    runner: fx.Interpreter, node: fx.Node, layer: Fused, sides: list[tuple[Env, Env]], seen: set[nn.Module]
+) -> Iterator[Visit]:
+    """Run a quantized layer on both sides; between the two, let the caller see and change it."""
+    act, layer.act = layer.act, None
+    with _as_is(layer):
+        for floats, _ in sides:
+            floats[node] = _run(runner, node, floats)
+    layer.act = act
+    if layer not in seen:
+        seen.add(layer)
+        inputs = [rounded[node.all_input_nodes[0]] for _, rounded in sides]
+        yield Visit(name=str(node.target), layer=layer, inputs=inputs, floats=[floats[node] for floats, _ in sides])
+    for floats, rounded in sides:
+        floats[node] = floats[node] if act is None else act(floats[node])
+        rounded[node] = _run(runner, node, rounded)
+
+
+def kept(calls: Iterable[Call], count: int = SAMPLES) -> list[Call]:
+    """Return the first calls that together hold `count` samples, the last one cut to fit."""
+    found: list[Call] = []
+    for args, kwargs in calls:
+        size = next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.dim()), 1)
+        cut = [_head(x, size, count) for x in args]
+        found.append((tuple(cut), {k: _head(x, size, count) for k, x in kwargs.items()}))
+        count -= size
+        if count <= 0:
+            break
+    return found
+
+
+def _head(value: Any, size: int, count: int) -> Any:
+    """The first `count` samples of what has `size` of them, and anything else as it is."""
+    return value[:count] if isinstance(value, torch.Tensor) and value.dim() and len(value) == size else value
+
+
+@contextmanager
+def rounding(model: nn.Module, enabled: bool = True) -> Iterator[None]:
+    """Evaluation mode with every quantizer on (or off), whatever the milestones say, and back."""
+    parts = [m for m in model.modules() if isinstance(m, Fused | ActivationQuantizer)]
+    before, training = [part.rounding for part in parts], model.training
+    model.eval()
+    try:
+        for part in parts:
+            part.rounding = enabled
+        yield
+    finally:
+        for part, was in zip(parts, before, strict=True):
+            part.rounding = was
+        model.train(training)
+
+
+@contextmanager
+def _as_is(module: nn.Module | None) -> Iterator[None]:
+    """Run a module without its rounding."""
+    if isinstance(module, Fused | ActivationQuantizer):
+        module.rounding = False
+    try:
+        yield
+    finally:
+        if isinstance(module, Fused | ActivationQuantizer):
+            module.rounding = True
+
+
+def _run(runner: fx.Interpreter, node: fx.Node, env: Env) -> Any:
+    runner.env = env
+    return runner.run_node(node)
+
+
+def ordered(model: fx.GraphModule, calls: Iterable[Call]) -> Iterator[list[Any]]:
+    """Yield the values of the graph's placeholders, one list a call."""
+    for args, kwargs in calls:
+        given = list(args)
+        yield [
+            given.pop(0) if given else kwargs.get(str(node.target), node.args[0] if node.args else None)
+            for node in model.graph.find_nodes(op="placeholder")
+        ]
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Which values are not needed any more after each node."""
+    last: dict[fx.Node, list[fx.Node]] = {node: [] for node in graph.nodes}
+    seen: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        for source in (*node.all_input_nodes, node):
+            if source not in seen:
+                seen.add(source)
+                last[node].append(source)
+    return last
