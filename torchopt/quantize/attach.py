@@ -15,6 +15,7 @@ from torch import nn
 
 from torchopt.errors import ModelError, StateError
 from torchopt.quantize.activations import ActivationQuantizer
+from torchopt.quantize.blocks import FusedBlockLinear
 from torchopt.quantize.config import Quantize
 from torchopt.quantize.corrections import check
 from torchopt.quantize.dynamic import FusedDynamicLinear
@@ -88,6 +89,11 @@ def _less(module: nn.Module | None, config: Quantize) -> str:
         return "the traced graph does not call it as a layer of a known class; it stays float (mode='weight_only' reaches it)"
     if config.mode == "dynamic" and not isinstance(module, FusedDynamicLinear):
         return "only linear layers round their input at run time; its weights are integers, its activations stay float"
+    if config.block_size is not None and not isinstance(module, FusedBlockLinear):
+        blocks = (
+            f"its {module.in_features} inputs are no multiple of" if isinstance(module, nn.Linear) else "only linear layers have"
+        )
+        return f"{blocks} block_size={config.block_size}; it has one scale a channel"
     return ""
 
 

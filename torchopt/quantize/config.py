@@ -84,7 +84,7 @@ class Quantize:
         fine = block is None or (_is_int(block) and block >= 16 and block & (block - 1) == 0)
         _check("block_size", block, fine, "a power of two of at least 16, or None")
         if block is not None:
-            raise ConfigError(f"Quantize.block_size: {block} is not available yet; leave it out, one scale a channel is used")
+            self._check_blocks(block)
         if self.mode == "dynamic" and self.activation_bits != 8:
             raise ConfigError("Quantize.activation_bits: 'dynamic' rounds to 8 bits; 8 is needed, or mode='static'")
         if self.mode != "static":
@@ -99,6 +99,15 @@ class Quantize:
             )
         if self.learn_scale and self.rounding == "adaptive":
             raise ConfigError("Quantize.learn_scale: training moves what rounding='adaptive' fixed; choose one of the two")
+
+    def _check_blocks(self, block: int) -> None:
+        if self.mode != "weight_only" or self.weight_bits != 4:
+            raise ConfigError(
+                f"Quantize.block_size: {block} with mode={self.mode!r}, weight_bits={self.weight_bits}; a scale a block is for 4-bit "
+                "weights and float activations: mode='weight_only', weight_bits=4"
+            )
+        if not self.per_channel or self.learn_scale:
+            raise ConfigError(f"Quantize.block_size: {block} fixes a scale a block; leave per_channel and learn_scale out")
 
     @property
     def qmax(self) -> int:
