@@ -201,7 +201,6 @@ def test_training_rounds_inputs_and_final_equals_the_last_forward():
 def test_before_the_first_milestone_nothing_is_rounded():
     rules, net = dynamic(mlp(), milestones=[1, 1, 1])
     ready, x = torchopt.prepare(net, rules).eval(), torch.randn(4, 64)
-    ready[0].enable_fake_quant(False), ready[2].enable_fake_quant(False), ready[4].enable_fake_quant(False)
     torch.testing.assert_close(ready(x), net(x), rtol=0, atol=0)
     torchopt.step(ready)
     assert not torch.equal(ready(x), net(x))
@@ -225,6 +224,25 @@ def test_static_dynamic_and_weight_only_layers_live_in_one_model(tmp_path):
         ("5.weight", "its weight is float"),
     ]
     assert torchopt.verify(final, tmp_path / "m.onnx", [x], progress=False).within_one_step == 1.0
+
+
+def test_torchs_encoder_layer_is_rounded_too(tmp_path):
+    """In evaluation torch reads the weights of its two linear layers past their forward, unless it is kept from it."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    x = torch.randn(2, 6, 32)
+    ready = torchopt.prepare(layer, dynamic(None)[0]).eval()
+    reasons = {s.name: s.reason for s in ready.torchopt_state.skipped}
+    assert sorted(reasons) == ["self_attn", "self_attn.out_proj"]
+    final = torchopt.finalize(ready)
+    with torch.no_grad():
+        assert float((final(x) - layer(x)).abs().max()) > 1e-4
+    torchopt.export(final, (x,), tmp_path / "m.onnx")
+    placement = torchopt.inspect(tmp_path / "m.onnx")
+    assert placement.integer == ["linear1.weight", "linear2.weight"]
+    verdict = torchopt.verify(final, tmp_path / "m.onnx", [x], progress=False)
+    assert (verdict.weights_equal, verdict.weights_compared) == (True, 4)
+    assert verdict.max_relative < 1e-5
 
 
 def test_a_model_that_is_one_linear_layer(tmp_path):

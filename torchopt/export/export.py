@@ -130,7 +130,7 @@ def export(
 
 def _rewrite(graph: ir.Model, model: nn.Module) -> tuple[str, ...]:
     """Run the passes in place and return the names of those that changed something."""
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # the exporter may choose any name of a shared one
     keep = frozenset(parameters)
     steps = (
         TidyPass(keep),

@@ -53,9 +53,9 @@ def attach(
     if static:
         model = _static(model, static, example_inputs, runtime)
     there = dict(model.named_modules())
-    for path, config in assignment.items():
-        if config.mode != "static" and path in there:
-            model = _in_place(model, path, config, runtime)
+    untraced = {path: config for path, config in assignment.items() if config.mode != "static" and path in there}
+    for path, config in (_twins(model, untraced) | untraced).items():
+        model = _in_place(model, path, config, runtime)
     return model
 
 
@@ -142,6 +142,15 @@ def _try(traced: nn.Module, example_inputs: tuple[Any, ...]) -> None:
     traced.train(training)
 
 
+def _twins(model: nn.Module, assignment: dict[str, Quantize]) -> dict[str, Quantize]:
+    """The modules that use the same Parameter as an assigned one (a decoder tied to the embedding), with its configuration."""
+    firsts = {
+        id(w): config for p, config in assignment.items() if (w := model.get_submodule(p)._parameters.get("weight")) is not None
+    }
+    weights = {path: module._parameters.get("weight") for path, module in model.named_modules()}
+    return {path: firsts[id(w)] for path, w in weights.items() if id(w) in firsts and path not in assignment}
+
+
 def _in_place(model: nn.Module, path: str, config: Quantize, runtime: Target) -> nn.Module:
     """Swap one module for its quantized layer, where it has one; else its weights are snapped when baked."""
     module = get_module(model, path)
@@ -153,6 +162,8 @@ def _in_place(model: nn.Module, path: str, config: Quantize, runtime: Target) ->
     if layer is None:
         module.__dict__[WEIGHTS_LATER] = (config, bits)
         return model
+    if isinstance(layer, Fused) and config.milestones is not None:
+        layer.enable_fake_quant(False)
     if not path:
         return layer
     set_module(model, path, layer)

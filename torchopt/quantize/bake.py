@@ -30,9 +30,10 @@ def bake(model: nn.Module) -> nn.Module:
     _check_calibrated(model)
     if isinstance(model, fx.GraphModule):
         _bake_activations(model)
+    tied = Tied()
     for name, module in list(model.named_modules()):
         if isinstance(module, Fused | QuantizedRecurrent):
-            plain = module.bake()
+            plain = tied.again(module, module.bake())
             if not name:
                 return plain
             set_module(model, name, plain)
@@ -48,6 +49,22 @@ def bake(model: nn.Module) -> nn.Module:
     model.recompile()
     quantized = fx.GraphModule(model, model.graph, "Quantized")
     return quantized.train(model.training)
+
+
+class Tied:
+    """Weights that several modules shared before they were baked, and share again."""
+
+    def __init__(self) -> None:
+        self.baked: dict[int, nn.Parameter] = {}
+
+    def again(self, module: nn.Module, plain: nn.Module) -> nn.Module:
+        """Give `plain` the Parameter of an earlier module that had the same one as `module`, where rounding left them equal."""
+        shared, own = module._parameters.get("weight"), plain._parameters.get("weight")
+        if shared is not None and own is not None:
+            first = self.baked.setdefault(id(shared), own)
+            if torch.equal(first, own):
+                plain._parameters["weight"] = first
+        return plain
 
 
 def _check_calibrated(model: nn.Module) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from torchopt.errors import ModelError
+from torchopt.quantize.config import Quantize
 from torchopt.quantize.modules import Fused
 
 LEVELS = 255
@@ -61,6 +62,22 @@ def _onnx(x: torch.Tensor) -> torch.Tensor:
     return torch.onnx.ops.symbolic("DequantizeLinear", [codes, scale, zero_point], dtype=torch.float32, shape=x.shape)
 
 
+def called(layer: nn.Module) -> nn.Module:
+    """Let `layer` be called wherever it stands: torch's encoder layers read the weights of theirs, and call none, unless one has a hook.
+
+    Example:
+        >>> len(called(called(nn.Linear(2, 1)))._forward_hooks)
+        1
+    """
+    if _pass not in layer._forward_hooks.values():
+        layer.register_forward_hook(_pass)
+    return layer
+
+
+def _pass(module: nn.Module, args: Any, output: Any) -> None:
+    """A hook that changes nothing."""
+
+
 class DynamicLinear(nn.Linear):
     """A plain linear layer, weights on their grid, that rounds its input to 8 bits in each call."""
 
@@ -82,11 +99,15 @@ class DynamicLinear(nn.Linear):
         if type(layer) is not nn.Linear:
             raise ModelError(f"quantize: {type(layer).__name__} does not round its input at run time; an nn.Linear is needed")
         layer.__class__ = cls
-        return cast(DynamicLinear, layer)
+        return cast(DynamicLinear, called(layer))
 
 
 class FusedDynamicLinear(Fused, nn.Linear):
     """A linear layer that trains on an integer weight grid, with its input rounded at run time."""
+
+    def _start(self, config: Quantize, bits: int) -> None:
+        super()._start(config, bits)
+        called(self)
 
     def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x̂ · weightᵀ + bias; before the first milestone x itself."""

@@ -93,10 +93,11 @@ def compare_weights(model: nn.Module, path: str | os.PathLike[str]) -> tuple[int
     stored = decode_initializers(path)
     compared = 0
     for weight in weights(model):
-        if weight.name in stored:
+        name = next((n for n in (weight.name, *weight.aliases) if n in stored), None)
+        if name is not None:
             compared += 1
             ours = weight.value.detach().cpu().numpy()
-            theirs = stored[weight.name]
+            theirs = stored[name]
             if ours.dtype != theirs.dtype or ours.tobytes() != np.ascontiguousarray(theirs).tobytes():
                 return compared, weight.name
     return compared, None

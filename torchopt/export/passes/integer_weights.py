@@ -68,15 +68,19 @@ def _replace(graph: ir.Graph, weight: ir.Value, grid: Grid) -> None:
     graph.initializers.pop(name)
     weight.name = name + "_float"
     stored = constant(graph, name, codes)
-    if grid.block is None and any(meets_integers(user) for user, _ in users):
-        output = _dequantized(graph, stored, scale, grid.axis, any(user.op_type == "Gemm" for user, _ in users))
-    elif grid.block is not None:
-        output = _multiplied_in_blocks(graph, stored, scale, grid.block)
-    else:
-        output = _multiplied(graph, stored, grid.broadcast(codes.ndim).detach().cpu().numpy().astype(np.float32))
-    output.name, output.shape, output.dtype = name + "_dq", ir.Shape(codes.shape), ir.DataType.FLOAT
-    for user, index in users:
-        user.replace_input_with(index, output)
+    for integer in (True, False):
+        readers = [(user, i) for user, i in users if (grid.block is None and meets_integers(user)) is integer]
+        if not readers:
+            continue
+        if integer:
+            output = _dequantized(graph, stored, scale, grid.axis, any(user.op_type == "Gemm" for user, _ in readers))
+        elif grid.block is not None:
+            output = _multiplied_in_blocks(graph, stored, scale, grid.block)
+        else:
+            output = _multiplied(graph, stored, grid.broadcast(codes.ndim).detach().cpu().numpy().astype(np.float32))
+        output.name, output.shape, output.dtype = f"{name}_{integer:d}", ir.Shape(codes.shape), ir.DataType.FLOAT
+        for user, index in readers:
+            user.replace_input_with(index, output)
     graph.sort()
 
 
@@ -108,7 +112,7 @@ def _is_integer(value: ir.Value | None) -> bool:
 
 
 def _dequantized(graph: ir.Graph, codes: ir.Value, scale: np.ndarray, axis: int | None, zero: bool) -> ir.Value:
-    operands = [codes, constant(graph, f"{codes.name}_scale", scale)]
+    operands = [codes, constant(graph, f"{codes.name}_steps", scale)]
     if zero:
         operands.append(constant(graph, f"{codes.name}_zero", np.zeros(scale.shape, dtype=np.int8)))
     attributes = [ir.AttrInt64("axis", axis)] if axis is not None else []
