@@ -294,3 +294,56 @@ def test_the_callers_model_is_not_touched():
     assert all(type(m) is not DynamicLinear for m in net)
     for name, tensor in net.state_dict().items():
         torch.testing.assert_close(tensor, kept[name], rtol=0, atol=0)
+
+
+class Gate(nn.Module):
+    """Cannot be traced: its forward depends on data."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.conv = nn.Linear(8, 8), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        x = self.conv(x)
+        if not torch.compiler.is_exporting() and x.isnan().any():
+            return x
+        return self.linear(x.mean((2, 3)))
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.gate, self.head = nn.Conv2d(3, 8, 3), Gate(), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.gate(torch.relu(self.stem(x))))
+
+
+def test_layers_inside_an_untraceable_module_are_quantized_without_a_graph(tmp_path):
+    net, x = Gated(), torch.randn(4, 3, 8, 8)
+    ready = torchopt.prepare(net, [torchopt.Rule("*", quantize=torchopt.Quantize(rounding="adaptive"))], (x,))
+    assert {s.name: s.reason for s in ready.torchopt_state.skipped} == {
+        "gate.linear": "the module around it cannot be traced; its input is rounded at run time, as with mode='dynamic'",
+        "gate.conv": "the module around it cannot be traced; its weights are integers, its activations stay float, "
+        "as with mode='weight_only'",
+    }
+    torchopt.calibrate(ready, [x], progress=False)
+    final = torchopt.finalize(ready).eval()
+    assert sorted(torchopt.grid.grids(final)) == ["gate.conv.weight", "gate.linear.weight", "head.weight", "stem.weight"]
+    with torch.no_grad():
+        torch.testing.assert_close(final(x), ready.eval()(x), rtol=0, atol=0)
+    torchopt.export(final, (x,), tmp_path / "m.onnx")
+    placement = torchopt.inspect(tmp_path / "m.onnx")
+    assert placement.integer == ["stem.weight", "gate.linear.weight", "head.weight"]
+    verdict = torchopt.verify(final, tmp_path / "m.onnx", [x], progress=False)
+    assert (verdict.weights_equal, verdict.weights_compared, verdict.within_one_step) == (True, 4, 1.0)
+    torchopt.save(final, tmp_path / "m.safetensors")
+    again = torchopt.load(tmp_path / "m.safetensors", Gated()).eval()
+    torch.testing.assert_close(again(x), final(x), rtol=0, atol=0)
+
+
+def test_a_model_whose_layers_all_stand_inside_an_untraceable_module():
+    net, x = nn.Sequential(Gate(), nn.ReLU()), torch.randn(4, 8, 2, 2)
+    final = torchopt.one_shot(net, [torchopt.Rule("*", quantize=torchopt.Quantize())], [x], example_inputs=(x,), progress=False)
+    assert sorted(torchopt.grid.grids(final)) == ["0.conv.weight", "0.linear.weight"]

@@ -8,6 +8,7 @@ float16       weights rounded to half precision at the end
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -87,6 +88,9 @@ def _less(module: nn.Module | None, config: Quantize) -> str:
     """What a module lacks of its configuration; empty where it lacks nothing."""
     if module is None or not (isinstance(module, Fused | QuantizedRecurrent) or WEIGHTS_LATER in module.__dict__):
         return "the traced graph does not call it as a layer of a known class; it stays float (mode='weight_only' reaches it)"
+    if config.mode == "static" and (mode := _mode(module)) not in ("", "static"):
+        does = "its input is rounded at run time" if mode == "dynamic" else "its weights are integers, its activations stay float"
+        return f"the module around it cannot be traced; {does}, as with mode={mode!r}"
     if config.mode == "dynamic" and not isinstance(module, FusedDynamicLinear):
         return "only linear layers round their input at run time; its weights are integers, its activations stay float"
     if config.block_size is not None and not isinstance(module, FusedBlockLinear):
@@ -95,6 +99,12 @@ def _less(module: nn.Module | None, config: Quantize) -> str:
         )
         return f"{blocks} block_size={config.block_size}; it has one scale a channel"
     return ""
+
+
+def _mode(module: nn.Module) -> str:
+    """The mode in which a module is quantized."""
+    config = module.__dict__[WEIGHTS_LATER][0] if WEIGHTS_LATER in module.__dict__ else module.config
+    return config.mode if isinstance(config, Quantize) else ""
 
 
 def settle_scales(model: nn.Module) -> None:
@@ -113,8 +123,10 @@ def _static(
 ) -> nn.Module:
     if example_inputs is None:
         raise StateError("prepare: static quantization traces the model; give example_inputs=(x,), one call's arguments")
-    traced = trace(model)
-    if len(fuse(traced, assignment, runtime)) == len(assignment):
+    traced, leaves = trace(model)
+    left = fuse(traced, assignment, runtime)
+    inner = {path: _untraced(traced, path, assignment[path]) for path in left if path.startswith(tuple(f"{x}." for x in leaves))}
+    if len(left) == len(assignment) and not inner:
         raise ModelError(
             f"quantize: none of {list(assignment)[:3]} is called as a layer of a known class; use mode='weight_only'"
         )
@@ -123,12 +135,21 @@ def _static(
     traced.graph.eliminate_dead_code()
     traced.delete_all_unused_submodules()
     traced.recompile()
+    for path, config in inner.items():
+        _in_place(traced, path, config, runtime)
     if next(iter(assignment.values())).milestones is not None:
         for part in traced.modules():
             if isinstance(part, Fused | ActivationQuantizer):
                 part.enable_fake_quant(False)
     _try(traced, example_inputs)
     return traced
+
+
+def _untraced(model: nn.Module, path: str, config: Quantize) -> Quantize:
+    """What a layer gets inside a module that cannot be traced: a linear one dynamic activations, another none."""
+    mode = "dynamic" if type(get_module(model, path)) is nn.Linear else "weight_only"
+    static_only = {"rounding": "nearest", "equalize": False, "bias_correction": False, "activation_bits": 8, "fallback": None}
+    return replace(config, mode=mode, **static_only)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

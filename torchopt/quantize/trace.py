@@ -1,7 +1,7 @@
 """From a module to its graph: symbolic tracing that leaves alone what it cannot follow.
 
-A submodule whose forward depends on data (`if x.sum() > 0`) is kept whole as a leaf, and its inner layers stay float; if it is the
-model's own forward that cannot be followed, nothing can be placed, and the error names the line and the remedy.
+A submodule whose forward depends on data (`if x.sum() > 0`) is kept whole as a leaf, and its inner layers get what needs no graph; if
+it is the model's own forward that cannot be followed, nothing can be placed, and the error names the line and the remedy.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class QuantizableGraph(fx.GraphModule):
         return twin  # type: ignore[no-any-return]
 
 
-def trace(model: nn.Module) -> QuantizableGraph:
-    """Return the graph of `model` over its own submodules.
+def trace(model: nn.Module) -> tuple[QuantizableGraph, list[str]]:
+    """Return the graph of `model` over its own submodules, and the paths of those that could not be followed.
 
     Raises:
         ModelError: the model's own forward cannot be traced.
@@ -60,7 +60,7 @@ def trace(model: nn.Module) -> QuantizableGraph:
             continue
         traced = QuantizableGraph(model, graph, type(model).__name__)
         traced.train(model.training)
-        return traced
+        return traced, leaves
 
 
 def _untraceable(model: nn.Module, error: Exception) -> str:
