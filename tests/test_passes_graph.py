@@ -18,6 +18,7 @@ from torchopt.export.passes import (
     HardSigmoidPass,
     IntegerBatchNormPass,
     IntegerWeightsPass,
+    KeepFloatPass,
     LateDequantizePass,
     RedundantActivationsPass,
     ShortNamesPass,
@@ -287,6 +288,39 @@ def test_weights_off_their_grid_are_refused() -> None:
     graph = model(GEMM, w=np.array([[0.1, 0.15]] * 3, np.float32))
     with pytest.raises(ModelError, match=r"w is not on the integer grid it claims; finalize the model again"):
         IntegerWeightsPass(grid([0.1, 0.1, 0.1]))(graph)
+
+
+# ---------------------------------------------------------------- layers left in float
+BETWEEN = (
+    "g(float[N, 2, 4, 4] x) => (float[N, 3, 4, 4] y) { c = QuantizeLinear(x, s, z) d = DequantizeLinear(c, s, z) h = Conv(d, w)"
+    " q = QuantizeLinear(h, t, o) y = DequantizeLinear(q, t, o) }"
+)
+
+
+def test_a_float_layer_between_integers_is_not_rounded_by_the_runtime(tmp_path) -> None:
+    value = np.random.default_rng(1).standard_normal((3, 2, 1, 1)).astype(np.float32)
+    value[0] *= 100  # with one scale a tensor the other channels would vanish
+    grid_ = GRID | {"t": np.float32(0.5), "o": U8(128)}
+    before, after = (model(BETWEEN, w=value, **grid_) for _ in range(2))
+    assert optimized_kinds(before, tmp_path)["QLinearConv"] == 1  # ONNX Runtime's own doing
+    assert changes(KeepFloatPass(), after)
+    assert kinds(after) == ["QuantizeLinear", "DequantizeLinear", "Clip", "Conv", "QuantizeLinear", "DequantizeLinear"]
+    low, high = (v.const_value.numpy() for name, v in after.graph.initializers.items() if name not in {"w", *grid_})
+    np.testing.assert_array_equal([low, high], (np.array([0, 255]) - 93).astype(np.float32) * np.float32(0.047))
+    assert optimized_kinds(after, tmp_path)["Conv"] == 1
+    x = pictures(4, 2, 4, 4)
+    rounded = (np.clip(np.rint(x / GRID["s"]) + 93, 0, 255) - 93).astype(np.float32) * GRID["s"]
+    exact = np.clip(np.rint(np.einsum("oi,nihw->nohw", value[:, :, 0, 0], rounded) / 0.5), -128, 127) * 0.5
+    assert np.abs(run(after, x) - exact).max() <= 0.5  # one step, where a sum falls on the other side
+    assert (run(after, x) != exact).mean() < 0.01
+    assert (run(before, x) != exact).mean() > 0.05
+
+
+def test_integer_layers_and_float_results_need_no_guard() -> None:
+    integer = BETWEEN.replace("Conv(d, w)", "Conv(d, v)").replace("h = Conv", "v = DequantizeLinear(w, t, p) h = Conv")
+    assert not changes(KeepFloatPass(), model(integer, w=np.ones((3, 2, 1, 1), np.int8), p=np.int8(0), **GRID))
+    floats = "g(float[N, 2] x) => (float[N, 3] y) { c = QuantizeLinear(x, s, z) d = DequantizeLinear(c, s, z) y = Gemm(d, w) }"
+    assert not changes(KeepFloatPass(), model(floats, w=np.ones((2, 3), np.float32), **{k: GRID[k] for k in "sz"}))
 
 
 # ---------------------------------------------------------------- half weights

@@ -29,6 +29,7 @@ from torchopt.export.passes import (
     HardSigmoidPass,
     IntegerBatchNormPass,
     IntegerWeightsPass,
+    KeepFloatPass,
     LateBiasPass,
     LateDequantizePass,
     RedundantActivationsPass,
@@ -41,6 +42,7 @@ from torchopt.grid import grids
 
 OPSETS = {"ort-x86": 21, "ort-x86-avx2": 21, "ort-arm": 21, "ort-web": 21}
 OLDEST, NEWEST, PACKS = 17, 23, 21  # packing needs the four-bit integers of opset 21
+SIXTEEN_BITS = 21  # the opset whose QuantizeLinear gives 16-bit integers
 FOLDS_AT_LOAD = ("ort-x86", "ort-x86-avx2", "ort-arm")  # runtimes that decode packed weights once, not at each inference
 
 
@@ -110,6 +112,7 @@ def export(
     _check(target, pack, opset)
     version = opset or OPSETS[target]
     graph = to_onnx(model, example_inputs, opset=version, dynamic_batch=dynamic_batch)
+    _check_integers(graph, version)
     applied = _rewrite(graph, model)
     graph = lowered(graph, version)
     dense = len(_bytes(graph))
@@ -144,6 +147,7 @@ def _rewrite(graph: ir.Model, model: nn.Module) -> tuple[str, ...]:
         DynamicMatMulPass(),
         LateDequantizePass(),
         LateBiasPass(),
+        KeepFloatPass(),
         HalfWeightsPass(),
         TidyPass(keep),
         ShortNamesPass(frozenset(name for name, p in parameters.items() if p.dim() > 1)),
@@ -166,6 +170,17 @@ def lowered(graph: ir.Model, opset: int) -> ir.Model:
         raise ModelError(f"export: the graph cannot be written in opset {opset}: {str(error)[:200]}; use 21") from error
     old.ir_version = 8 if opset < 19 else old.ir_version
     return ir.from_proto(old)
+
+
+def _check_integers(graph: ir.Model, opset: int) -> None:
+    """Refuse 16-bit activations in an operator set that has none.
+
+    Raises:
+        ModelError: they are there.
+    """
+    wide = {ir.DataType.UINT16, ir.DataType.INT16}
+    if opset < SIXTEEN_BITS and any(value.dtype in wide for value in graph.graph.initializers.values()):
+        raise ModelError(f"export: activations of 16 bits need opset {SIXTEEN_BITS}, got {opset}; leave opset out")
 
 
 def _dense_because(target: str, pack: bool | str, opset: int) -> str:

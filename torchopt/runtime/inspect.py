@@ -193,7 +193,7 @@ def _dealt(layers: list[Layer], kernels: Mapping[str, int]) -> list[Layer]:
 
 def _reason(node: ir.Node) -> str:
     """Why ORT could not fuse the layer: the first condition of its selectors that does not hold."""
-    activation, weight = node.inputs[0], node.inputs[1]
+    activation, weight = _behind_clip(node.inputs[0]), node.inputs[1]
     decoded = _decoded(weight)
     if not (decoded or _dequantized(weight)):
         return "its weight is float"
@@ -209,6 +209,12 @@ def _reason(node: ir.Node) -> str:
     if dtype == ir.DataType.INT8:
         return "its activations are int8, which the x86 kernels take only after a conversion; quantize to uint8"
     return NO_KERNEL
+
+
+def _behind_clip(value: ir.Value | None) -> ir.Value | None:
+    """What a Clip reads that only keeps a layer in float, or the value itself."""
+    node = value.producer() if value is not None else None
+    return node.inputs[0] if node is not None and node.op_type == "Clip" and _dequantized(node.inputs[0]) else value
 
 
 def _rounded_to(codes: ir.Value | None) -> ir.DataType | None:

@@ -7,6 +7,7 @@ from torchopt.export.passes.half_weights import HalfWeightsPass
 from torchopt.export.passes.hard_sigmoid import HardSigmoidPass
 from torchopt.export.passes.integer_batch_norm import IntegerBatchNormPass
 from torchopt.export.passes.integer_weights import IntegerWeightsPass
+from torchopt.export.passes.keep_float import KeepFloatPass
 from torchopt.export.passes.late_bias import LateBiasPass
 from torchopt.export.passes.late_dequantize import LateDequantizePass
 from torchopt.export.passes.redundant_activations import RedundantActivationsPass
@@ -22,6 +23,7 @@ __all__ = [
     "HardSigmoidPass",
     "IntegerBatchNormPass",
     "IntegerWeightsPass",
+    "KeepFloatPass",
     "LateBiasPass",
     "LateDequantizePass",
     "RedundantActivationsPass",
