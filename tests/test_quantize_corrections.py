@@ -36,8 +36,11 @@ def small_net():
 DATA = torch.randn(64, 3, 12, 12, generator=torch.Generator().manual_seed(1))
 
 
+PLAIN = {"observer": "moving_average", "rounding": "nearest", "equalize": False, "bias_correction": False}
+
+
 def prepared(net, data=DATA, **config):
-    return torchopt.prepare(net, [Rule("*", quantize=Quantize(**config))], (data[:1],)).eval()
+    return torchopt.prepare(net, [Rule("*", quantize=Quantize(**{**PLAIN, **config}))], (data[:1],)).eval()
 
 
 def calibrated(net, data=DATA, **config):
@@ -111,7 +114,7 @@ def test_each_weight_rounds_down_or_up_and_rounding_to_nearest_repeats_it():
 def test_zeros_stay_zero_and_masks_stay():
     net = small_net()
     prune = torchopt.Prune(schedule=torchopt.ConstantSparsity(target_sparsity=0.5, frequency=1), include_depthwise=True)
-    rule = Rule("*", prune=prune, quantize=Quantize(weight_bits=4, rounding="adaptive"))
+    rule = Rule("*", prune=prune, quantize=Quantize(**{**PLAIN, "weight_bits": 4, "rounding": "adaptive"}))
     small = torchopt.one_shot(net, [rule], DATA.split(16), example_inputs=(DATA[:1],), progress=False)
     for name in ("0", "3", "6", "9"):
         weight = small.get_submodule(name).weight
@@ -188,7 +191,7 @@ def test_low_bit_grids_end_where_the_squared_error_is_least():
 
 
 def test_eight_bits_keep_the_whole_range():
-    assert FusedLinear.of(nn.Linear(4, 2), Quantize(), 8).reach is None
+    assert FusedLinear.of(nn.Linear(4, 2), Quantize(rounding="nearest"), 8).reach is None
     assert FusedLinear.of(nn.Linear(4, 2), Quantize(weight_bits=4, learn_scale=True), 4).reach is None
 
 
@@ -407,7 +410,7 @@ def test_an_iterator_of_batches_is_read_to_its_end():
 
 
 @pytest.mark.parametrize("mode", ["weight_only", "dynamic", "float16"])
-@pytest.mark.parametrize("field", [{"equalize": True}, {"bias_correction": True}, {"rounding": "adaptive"}])
+@pytest.mark.parametrize("field", [{"bias_correction": True}, {"rounding": "adaptive"}])
 def test_modes_without_calibration_refuse_corrections(mode, field):
     with pytest.raises(ConfigError, match=rf"Quantize.{next(iter(field))}: learns from calibration data.*mode='static'"):
         Quantize(mode=mode, **field)
@@ -419,12 +422,18 @@ def test_a_transposed_convolution_is_refused_by_adaptive_rounding():
         prepared(net, rounding="adaptive")
 
 
-@pytest.mark.parametrize("field", [{"equalize": True}, {"rounding": "adaptive"}])
-def test_shared_values_are_refused(field):
+def test_shared_values_are_refused_by_adaptive_rounding():
     net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3))
-    rule = Rule("*", cluster=torchopt.Cluster(n_clusters=4), quantize=Quantize(**field))
-    with pytest.raises(ModelError, match=r"calibrate: 0.weight holds shared values, which .* would pull apart"):
+    rule = Rule("*", cluster=torchopt.Cluster(n_clusters=4), quantize=Quantize(rounding="adaptive"))
+    with pytest.raises(ModelError, match=r"calibrate: 0.weight holds shared values, which rounding='adaptive' would pull apart"):
         torchopt.one_shot(net, [rule], [DATA], example_inputs=(DATA[:1],), progress=False)
+
+
+def test_equalization_leaves_shared_values_alone():
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3)).eval()
+    rule = Rule("*", cluster=torchopt.Cluster(n_clusters=4), quantize=Quantize(**{**PLAIN, "equalize": True}))
+    model = torchopt.prepare(net, [rule], (DATA[:1],)).eval()
+    assert equalize(model, calls(DATA)) == 0
 
 
 def test_data_that_is_not_finite_is_refused_before_weights_change():

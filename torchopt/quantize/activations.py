@@ -79,6 +79,7 @@ class ActivationQuantizer(FakeQuantizeBase):
         self.is_dynamic = False
         self.observer = make(observer, quant_min=quant_min, quant_max=quant_max, symmetric=symmetric)
         self.widening = observer == "minmax"
+        self.by_output = observer == "auto" and fixed_range is None
         self.fixed = fixed_range is not None
         self.learn = learn and not self.fixed
         self.calibrating = False

@@ -128,7 +128,7 @@ def _static(
     inner = {path: _untraced(traced, path, assignment[path]) for path in left if path.startswith(tuple(f"{x}." for x in leaves))}
     if len(left) == len(assignment) and not inner:
         raise ModelError(
-            f"quantize: none of {list(assignment)[:3]} is called as a layer of a known class; use mode='weight_only'"
+            f"quantize: none of {list(assignment)[:3]} is called as a layer of a known class; use mode='dynamic' or 'weight_only'"
         )
     check(traced)
     place(traced, assignment, runtime)

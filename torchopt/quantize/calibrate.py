@@ -5,7 +5,7 @@ Each observer sees each batch once and keeps state of a fixed size; the ranges a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,8 @@ from torchopt.errors import DataError, StateError
 from torchopt.progress import track
 from torchopt.quantize.activations import ActivationQuantizer
 from torchopt.quantize.corrections import ahead, correct, undisturbed
+from torchopt.quantize.corrections.walk import Call
+from torchopt.quantize.output_error import choose_ranges
 
 
 @torch.no_grad()
@@ -47,7 +49,7 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], *, progress: bool = Tr
     quantizers = {name: m for name, m in model.named_modules() if isinstance(m, ActivationQuantizer) and not m.fixed}
     if not quantizers:
         raise StateError("calibrate: nothing in this model observes data; quantize with mode='static' in prepare")
-    batches, samples = ahead(model, batches)
+    calls, samples = ahead(model, _calls(model, batches))
     training = model.training
     model.eval()
     for quantizer in quantizers.values():
@@ -56,10 +58,7 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], *, progress: bool = Tr
     count = 0
     try:
         with undisturbed(model):
-            for batch in track(batches, "calibrate", enabled=progress):
-                args, kwargs = model_inputs(model, batch)
-                if not all(bool(torch.isfinite(x).all()) for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()):
-                    raise DataError(f"calibrate: batch {count} holds NaN or infinity; clean the data")
+            for args, kwargs in track(calls, "calibrate", enabled=progress):
                 model(*args, **kwargs)
                 count += 1
     finally:
@@ -70,4 +69,19 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], *, progress: bool = Tr
         raise DataError("calibrate: the loader gave no batch; give at least one")
     for quantizer in quantizers.values():
         quantizer.set_range(*quantizer.observer.range())
+    choose_ranges(model, samples)
     correct(model, samples, progress=progress)
+
+
+def _calls(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Call]:
+    """Yield the arguments of one call a batch.
+
+    Raises:
+        DataError: a batch is not finite.
+    """
+    for count, batch in enumerate(batches):
+        args, kwargs = model_inputs(model, batch)
+        given = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.is_floating_point())
+        if not all(bool(torch.isfinite(x).all()) for x in given):
+            raise DataError(f"calibrate: batch {count} holds NaN or infinity; clean the data")
+        yield args, kwargs

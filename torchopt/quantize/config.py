@@ -15,11 +15,11 @@ from typing import Any
 from torchopt.errors import ConfigError, nearest
 
 MODES = ("static", "dynamic", "weight_only", "float16")
-OBSERVERS = ("minmax", "moving_average", "histogram", "percentile", "mse", "entropy")
+OBSERVERS = ("auto", "minmax", "moving_average", "histogram", "percentile", "mse", "entropy")
 NOT_YET: dict[str, object] = {
     "fallback": "auto",
 }  # named in the public contract; refused rather than ignored
-ROUNDINGS = ("nearest", "adaptive")
+ROUNDINGS = ("nearest", "least_squares", "adaptive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +30,15 @@ class Quantize:
         mode: "static", "dynamic", "weight_only" or "float16".
         weight_bits: 2 … 8; the grid is symmetric, −(2^(b−1)−1) … 2^(b−1)−1.
         activation_bits: 8 or 16.
-        observer: how calibration chooses the range of an activation ("moving_average", "minmax", "histogram", "percentile",
-            "mse", "entropy").
+        observer: how calibration chooses the range of an activation: "auto" (least error at the network's outputs), "minmax",
+            "moving_average", "histogram", "percentile", "mse" or "entropy".
         per_channel: one weight scale per output channel, else one per tensor.
-        equalize: even out the weight ranges of consecutive layers before calibration (Nagel et al. 2019, arXiv:1906.04721).
+        equalize: even out the ranges of the channels between layers before calibration (Nagel et al. 2019, arXiv:1906.04721); layers
+            under tables of shared values are left out.
         bias_correction: remove the mean shift that rounding the weights causes, at calibration.
-        rounding: "nearest", or "adaptive": learned per weight at calibration (AdaRound, Nagel et al. 2020, arXiv:2004.10568).
+        rounding: of weights, at calibration: "nearest"; "least_squares": a rounding error is taken up by the weights after it (GPTQ,
+            Frantar et al. 2023, arXiv:2210.17323), nearest where a table holds them or a scale is learned; "adaptive": learned per
+            weight (AdaRound, Nagel et al. 2020, arXiv:2004.10568).
         learn_scale: train the scales with the weights (LSQ, Esser et al. 2020, arXiv:1902.08153).
         milestones: optimizer steps at which training starts to fake-quantize, freezes the observers, and freezes batch norm.
         block_size: input weights a scale, for 4-bit linear layers in "weight_only" mode; None is one scale per channel.
@@ -52,11 +55,11 @@ class Quantize:
     mode: str = "static"
     weight_bits: int = 8
     activation_bits: int = 8
-    observer: str = "moving_average"
+    observer: str = "auto"
     per_channel: bool = True
-    equalize: bool = False
+    equalize: bool = True
     bias_correction: bool = False
-    rounding: str = "nearest"
+    rounding: str = "least_squares"
     learn_scale: bool = False
     milestones: Sequence[int] | None = None
     block_size: int | None = None
@@ -88,12 +91,12 @@ class Quantize:
         if self.mode == "dynamic" and self.activation_bits != 8:
             raise ConfigError("Quantize.activation_bits: 'dynamic' rounds to 8 bits; 8 is needed, or mode='static'")
         if self.mode != "static":
-            for name, off in (("equalize", False), ("bias_correction", False), ("rounding", "nearest")):
-                if getattr(self, name) != off:
+            for name, asked in (("bias_correction", True), ("rounding", "adaptive")):
+                if getattr(self, name) == asked:
                     raise ConfigError(
                         f"Quantize.{name}: learns from calibration data, of which mode={self.mode!r} sees none; use mode='static'"
                     )
-        if self.mode == "float16" and (self.learn_scale or self.rounding != "nearest" or self.weight_bits != 8):
+        if self.mode == "float16" and (self.learn_scale or self.rounding == "adaptive" or self.weight_bits != 8):
             raise ConfigError(
                 "Quantize.mode: 'float16' has no scales and no bits; leave weight_bits, rounding and learn_scale out"
             )

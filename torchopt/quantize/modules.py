@@ -82,7 +82,7 @@ class Fused(nn.Module):
         self.register_buffer("fake_quant_enabled", torch.ones(1, dtype=torch.uint8, device=device))
         self.register_buffer("bn_frozen", torch.zeros(1, dtype=torch.uint8, device=device))
         self.frozen = False
-        chosen = not config.learn_scale and (bits <= LOW_BITS or config.rounding == "adaptive")
+        chosen = not config.learn_scale and (bits <= LOW_BITS or config.rounding != "nearest")
         self.register_buffer("reach", torch.ones(self.weight.shape[self.out_axis], device=device) if chosen else None)
         channels = self.weight.shape[1] * self.groups if self.out_axis else len(self.weight)
         self.register_buffer("shift", torch.zeros(channels, device=device) if config.bias_correction else None)
@@ -126,7 +126,7 @@ class Fused(nn.Module):
         wide = along(scale, w.dim(), self.out_axis)
         if self.config.learn_scale:
             return lsq(w, wide, self.qmax)
-        return cast(torch.Tensor, Snap.apply(w, wide, self.qmax, self.reach is not None))
+        return cast(torch.Tensor, Snap.apply(w, wide, self.qmax, self.bits <= LOW_BITS))
 
     def folded(self, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Return weight, bias and scale with batch norm folded in: ŵ = s'·q bit for bit.

@@ -72,5 +72,5 @@ def _untraceable(model: nn.Module, error: Exception) -> str:
     return (
         f"quantize: the forward of {type(model).__name__} depends on data and cannot be traced ({where}): "
         f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; move that part into a submodule, "
-        "or use Quantize(mode='weight_only')"
+        "or use Quantize(mode='dynamic') or Quantize(mode='weight_only')"
     )

@@ -2,6 +2,7 @@
 
     equalize          channels of a tensor between two layers get equal ranges            equalize.py
     reach             with 4 bits and fewer, the grid of a channel ends below its largest weight   reach.py
+    least_squares     each rounding error is taken up by the weights after it               least_squares.py
     adaptive          each weight learns whether it rounds down or up                       adaptive.py
     bias_correction   each channel keeps its mean                                           bias.py
 
@@ -16,18 +17,19 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
-from torchopt.batches import Batch, model_inputs
 from torchopt.errors import ModelError
 from torchopt.progress import track
 from torchopt.quantize.corrections.adaptive import round_adaptively
 from torchopt.quantize.corrections.bias import correct_bias
 from torchopt.quantize.corrections.columns import LAYERS
 from torchopt.quantize.corrections.equalize import equalize
+from torchopt.quantize.corrections.least_squares import round_by_least_squares
 from torchopt.quantize.corrections.reach import choose_reach
-from torchopt.quantize.corrections.walk import SAMPLES, Call, kept, rounding, walk
-from torchopt.quantize.modules import Fused
+from torchopt.quantize.corrections.walk import SAMPLES, Call, holds_table, kept, rounding, walk
+from torchopt.quantize.modules import LOW_BITS, Fused
+
+ROUND = {"least_squares": round_by_least_squares, "adaptive": round_adaptively}
 
 
 def check(model: nn.Module) -> None:
@@ -45,33 +47,33 @@ def check(model: nn.Module) -> None:
             )
 
 
-def ahead(model: nn.Module, batches: Iterable[Batch]) -> tuple[Iterable[Batch], list[Call]]:
+def ahead(model: nn.Module, calls: Iterable[Call]) -> tuple[Iterable[Call], list[Call]]:
     """Before activations are observed: equalize, choose where low-bit grids end, and keep samples for what comes after.
 
     Returns:
-        All the batches again, and the kept samples (none where no correction needs them).
+        All the calls again, and the kept samples (none where no correction needs them).
 
     Raises:
         ModelError: a correction meets a weight that a table of shared values holds.
     """
     _refuse_tables(model)
-    calls: list[Call] = []
+    samples: list[Call] = []
     if any(_learns(layer) for _, layer in _layers(model)):
-        batches, calls = _taken(model, batches)
-    if calls and any(layer.config.equalize for _, layer in _layers(model)):
-        equalize(model, calls)
+        calls, samples = _taken(calls)
+    if samples and any(layer.config.equalize for _, layer in _layers(model)):
+        equalize(model, samples)
     for _, layer in _layers(model):
         if layer.shift is not None:
             layer.shift.zero_()
-        if layer.reach is not None:
+        if layer.reach is not None and (layer.bits <= LOW_BITS or _rounds(layer)):
             choose_reach(layer)
-    return batches, calls
+    return calls, samples
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """While activations are observed: weights that will be rounded adaptively are not rounded to nearest."""
-    layers = [layer for _, layer in _layers(model) if layer.config.rounding == "adaptive"]
+    """While activations are observed: weights that will be rounded otherwise are not rounded to nearest."""
+    layers = [layer for _, layer in _layers(model) if _rounds(layer)]
     before = [layer.rounding for layer in layers]
     for layer in layers:
         layer.rounding = False
@@ -85,13 +87,13 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def correct(model: nn.Module, calls: Sequence[Call], *, progress: bool = False) -> None:
     """After the ranges are set: learn the rounding of weights, then move biases, layer by layer, in place."""
-    wanted = sum(layer.config.rounding == "adaptive" or layer.config.bias_correction for _, layer in _layers(model))
+    wanted = sum(_rounds(layer) or layer.config.bias_correction for _, layer in _layers(model))
     if not calls or not wanted:
         return
     with rounding(model):
         for visit in track(walk(model, calls), "correct", enabled=progress):
-            if visit.layer.config.rounding == "adaptive":
-                round_adaptively(visit)
+            if _rounds(visit.layer):
+                ROUND[visit.layer.config.rounding](visit)
             if visit.layer.config.bias_correction:
                 correct_bias(visit)
 
@@ -101,30 +103,33 @@ def _layers(model: nn.Module) -> list[tuple[str, Fused]]:
 
 
 def _learns(layer: Fused) -> bool:
-    return layer.config.equalize or layer.config.bias_correction or layer.config.rounding == "adaptive"
+    config = layer.config
+    return config.equalize or config.bias_correction or config.rounding != "nearest" or config.observer == "auto"
 
 
-def _taken(model: nn.Module, batches: Iterable[Batch]) -> tuple[Iterable[Batch], list[Call]]:
-    """Read as many batches as hold `SAMPLES` samples; iterators are put together again."""
-    stream, seen = iter(batches), []
+def _rounds(layer: Fused) -> bool:
+    """True where calibration writes rounded weights: not under a table, not on a learned scale, not in layers of other kinds."""
+    free = not holds_table(layer) and not layer.config.learn_scale and isinstance(layer, LAYERS)
+    return free and layer.config.rounding in ROUND
+
+
+def _taken(calls: Iterable[Call]) -> tuple[Iterable[Call], list[Call]]:
+    """Read as many calls as hold `SAMPLES` samples; iterators are put together again."""
+    stream, seen = iter(calls), []
 
     def read() -> Iterator[Call]:
-        for batch in stream:
-            seen.append(batch)
-            yield model_inputs(model, batch)
+        for call in stream:
+            seen.append(call)
+            yield call
 
-    calls = kept(read(), SAMPLES)
-    return itertools.chain(seen, stream), calls
-
-
-def _holds_table(layer: Fused) -> bool:
-    return any(parametrize.is_parametrized(layer, name) for name in ("weight", "weight_orig"))
+    samples = kept(read(), SAMPLES)
+    return itertools.chain(seen, stream), samples
 
 
 def _refuse_tables(model: nn.Module) -> None:
     for name, layer in _layers(model):
-        asked = "rounding='adaptive'" if layer.config.rounding == "adaptive" else "equalize" if layer.config.equalize else None
-        if asked is not None and _holds_table(layer):
+        if layer.config.rounding == "adaptive" and holds_table(layer):
             raise ModelError(
-                f"calibrate: {name}.weight holds shared values, which {asked} would pull apart; leave one of the two out of its rule"
+                f"calibrate: {name}.weight holds shared values, which rounding='adaptive' would pull apart; leave one of the two out of "
+                "its rule"
             )

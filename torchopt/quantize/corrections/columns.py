@@ -46,7 +46,6 @@ def columns(
         outputs: what it shall give before its activation, likewise.
         count: how many positions.
         seed: of the choice.
-        activated: let `y` be what follows the activation.
     """
     generator = torch.Generator().manual_seed(seed)
     share = -(-count // len(inputs))
@@ -54,7 +53,7 @@ def columns(
     x, y = (torch.cat(side) for side in zip(*parts, strict=True))
     order = torch.randperm(len(x), generator=generator)
     groups = getattr(layer, "groups", 1)
-    y = layer.act(y) if activated and layer.act is not None else y
+    y = y if layer.act is None else layer.act(y)
     return Columns(
         x=x[order].reshape(len(x), groups, -1).transpose(0, 1).contiguous(),
         y=y[order].reshape(len(y), groups, -1).transpose(0, 1).contiguous(),

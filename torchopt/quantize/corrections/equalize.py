@@ -26,7 +26,7 @@ from torch import fx, nn
 
 from torchopt.errors import DataError, ModelError
 from torchopt.quantize.activations import ActivationQuantizer
-from torchopt.quantize.corrections.walk import Call, ordered, rounding
+from torchopt.quantize.corrections.walk import Call, holds_table, ordered, rounding
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.weight_grid import lsq_start
 from torchopt.weights import Weight
@@ -170,7 +170,8 @@ def _multiply(layer: Fused, factor: torch.Tensor) -> None:
 
 
 def _takes_part(layer: Fused) -> bool:
-    return layer.config.equalize and layer.out_axis == 0 and not isinstance(layer, nn.Embedding)
+    free = layer.out_axis == 0 and not isinstance(layer, nn.Embedding) and not holds_table(layer)
+    return layer.config.equalize and free
 
 
 def _top(layer: Fused) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from torchopt.errors import ModelError
 from torchopt.quantize.activations import ActivationQuantizer
@@ -90,6 +91,11 @@ def _layer(
     for floats, rounded in sides:
         floats[node] = floats[node] if act is None else act(floats[node])
         rounded[node] = _run(runner, node, rounded)
+
+
+def holds_table(layer: Fused) -> bool:
+    """True where a table of shared values holds the layer's weight, masked or not."""
+    return any(parametrize.is_parametrized(layer, name) for name in ("weight", "weight_orig"))
 
 
 def kept(calls: Iterable[Call], count: int = SAMPLES) -> list[Call]:

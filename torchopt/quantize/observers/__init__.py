@@ -31,7 +31,7 @@ def make(name: str, *, quant_min: int, quant_max: int, symmetric: bool) -> Obser
         MinMax()
     """
     match name:
-        case "minmax":
+        case "minmax" | "auto":  # "auto" starts from the extremes: output_error.py
             return MinMax()
         case "moving_average":
             return MovingAverage()

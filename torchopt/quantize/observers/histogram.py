@@ -49,8 +49,8 @@ class StreamingHistogram(nn.Module):
         return bool(self.counts.sum() == 0)
 
     @torch.no_grad()
-    def observe(self, x: torch.Tensor) -> None:
-        """Count the values of `x`, a finite floating-point tensor of any shape."""
+    def observe(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Count the values of `x`, a finite floating-point tensor of any shape; each counts its weight (same shape), or 1."""
         x = x.detach().float()
         low, high = (float(v) for v in torch.aminmax(x))
         if not self.empty:
@@ -58,7 +58,11 @@ class StreamingHistogram(nn.Module):
         self._cover(low, high)
         width = 2.0 ** int(self.exponent)
         start = int(self.first) * width
-        self.counts += torch.histc(x, BINS, start, start + BINS * width).to(torch.float64)
+        if weights is None:
+            self.counts += torch.histc(x, BINS, start, start + BINS * width).to(torch.float64)
+        else:
+            bins = ((x.flatten() - start) / width).long().clamp(0, BINS - 1)
+            self.counts += torch.bincount(bins, weights.flatten().double(), BINS)
         self.low.fill_(low)
         self.high.fill_(high)
 
