@@ -128,10 +128,16 @@ def test_opset_17_for_old_runtimes(tmp_path) -> None:
     np.testing.assert_allclose(run(tmp_path / "m.onnx", x), model(x).detach().numpy(), rtol=1e-5, atol=1e-5)
 
 
-def test_the_web_target_is_left_dense_and_says_why(tmp_path) -> None:
-    result = export(seeded(Shuffle), (torch.randn(1, 4, 6, 6),), tmp_path / "m.onnx", target="ort-web")
-    assert result.packing is None
-    assert "ort-web would decode packed weights at each inference" in str(result)
+def test_pack_auto_follows_the_target(tmp_path) -> None:
+    model, x = nn.Sequential(nn.Linear(64, 64, bias=False)), torch.randn(1, 64)
+    nn.init.constant_(model[0].weight, 0.5)
+    web = export(model, (x,), tmp_path / "w.onnx", target="ort-web")
+    assert web.packing is not None
+    assert web.size_bytes < web.dense_size_bytes
+    dense = export(model, (x,), tmp_path / "o.onnx", target="openvino")
+    assert dense.packing is None
+    assert "openvino does not read functions inside the model, which decode packed weights" in str(dense)
+    assert not onnx.load(tmp_path / "o.onnx").functions
 
 
 def test_half_weights_take_half_the_file_and_keep_float_ends(tmp_path) -> None:

@@ -16,11 +16,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "torchopt"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = [
-    {"errors", "files", "progress", "packing", "strict", "located", "importing"},
+    {"errors", "files", "progress", "packing", "web", "strict", "located", "importing"},
     {"weights", "grid", "schedule", "batches", "surgery", "state", "traced", "batch_norm"},
     {"prune", "cluster", "quantize"},
     {"export", "runtime"},
-    {"rules", "compress", "earlier", "one_shot", "shrink", "checkpoint", "sensitivity"},
+    {"rules", "fallback", "compress", "earlier", "one_shot", "shrink", "checkpoint", "sensitivity"},
     {"models", "data", "train", "integrations"},
     {"recipe", "report"},
     {"run", "search"},

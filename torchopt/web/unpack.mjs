@@ -1,0 +1,266 @@
+// Unpack: a packed ONNX file to the dense one, in a browser or in Node, before a session is made of it. No dependencies.
+//
+//     import { unpack } from "./unpack.mjs";
+//     const session = await ort.InferenceSession.create(unpack(await (await fetch("model.onnx")).arrayBuffer()));
+//
+// A packed weight is a node of domain "torchopt" (torchopt/export/calls.py): its operator names the codec, its inputs are the codes,
+// the positions and the table. Each is decoded here as torchopt/packing/codec.py does it and becomes an ordinary initializer; the
+// tensors are bit-equal to those of the dense file. A damaged file raises an Error that names the weight, and allocates little.
+
+const DOMAIN = "torchopt";
+const MODEL = { opset: 8, graph: 7, functions: 25 }; // field numbers of onnx.proto
+const GRAPH = { node: 1, initializer: 5, output: 12 };
+const NODE = { input: 1, output: 2, type: 4, attribute: 5, domain: 7 };
+const ATTRIBUTE = { name: 1, graph: 6, ints: 8, graphs: 11 };
+const TENSOR = { dims: 1, type: 2, name: 8, raw: 9, location: 14 };
+const ARRAYS = { 1: Uint32Array, 2: Uint8Array, 3: Uint8Array, 6: Uint32Array, 10: Uint16Array }; // bits of float, uint8, int8, int32, float16
+const CONSTANT_AT_MOST = 1 << 20; // bytes of a constant tensor kept as one value
+const text = new TextDecoder();
+
+/**
+ * Return the dense form of an ONNX file; a file without packed weights comes back as it is.
+ * @param {ArrayBuffer | Uint8Array} packed the bytes of the file
+ * @returns {Uint8Array} bytes that ort.InferenceSession.create takes
+ */
+export function unpack(packed) {
+  const bytes = view(packed);
+  const model = fields(bytes);
+  const calls = model.filter((f) => f.number === MODEL.graph).flatMap((f) => fields(f.body).filter(isCall));
+  if (calls.length === 0) return bytes;
+  const kept = model.filter((f) => !(f.number === MODEL.opset && string(f.body, 1) === DOMAIN) && !(f.number === MODEL.functions && string(f.body, 10) === DOMAIN));
+  return joined(kept.flatMap((f) => (f.number === MODEL.graph ? message(MODEL.graph, denseGraph(f.body)) : [f.whole])));
+}
+
+/** Whether an ONNX file has packed weights. */
+export function isPacked(packed) {
+  const bytes = view(packed);
+  return fields(bytes).some((f) => f.number === MODEL.graph && fields(f.body).some(isCall));
+}
+
+/** Plain bytes: the slices of a Node Buffer would be views. */
+function view(packed) {
+  return ArrayBuffer.isView(packed) ? new Uint8Array(packed.buffer, packed.byteOffset, packed.byteLength) : new Uint8Array(packed);
+}
+
+function isCall(field) {
+  return field.number === GRAPH.node && field.body !== null && string(field.body, NODE.domain) === DOMAIN;
+}
+
+/** The pieces of a graph with each call of a decoder replaced by the tensor that it stands for. */
+function denseGraph(body) {
+  const all = fields(body);
+  const tensors = new Map();
+  for (const f of all) if (f.number === GRAPH.initializer) tensors.set(string(f.body, TENSOR.name), f);
+  const calls = all.filter(isCall);
+  const dense = calls.flatMap((f) => message(GRAPH.initializer, decodedTensor(f.body, tensors)));
+  const rest = all.filter((f) => !isCall(f));
+  const parts = new Set(calls.flatMap((f) => strings(f.body, NODE.input)));
+  for (const name of namesRead(rest)) parts.delete(name);
+  const kept = rest.filter((f) => f.number !== GRAPH.initializer || !parts.has(string(f.body, TENSOR.name)));
+  return [...kept.map((f) => f.whole), ...dense];
+}
+
+/** Every name that nodes, subgraphs and outputs of a graph read. */
+function namesRead(graph) {
+  const names = graph.filter((f) => f.number === GRAPH.output).map((f) => string(f.body, 1));
+  for (const node of graph.filter((f) => f.number === GRAPH.node)) {
+    names.push(...strings(node.body, NODE.input));
+    for (const attribute of fields(node.body).filter((f) => f.number === NODE.attribute)) {
+      const inner = fields(attribute.body).filter((f) => f.body && (f.number === ATTRIBUTE.graph || f.number === ATTRIBUTE.graphs));
+      for (const f of inner) for (const name of namesRead(fields(f.body))) names.push(name);
+    }
+  }
+  return names;
+}
+
+/** The pieces of the TensorProto that a call stands for. */
+function decodedTensor(node, tensors) {
+  const name = string(node, NODE.output);
+  try {
+    const letters = /^(?:(m)|g([2-8]))?([tcor])([1-8])?$/.exec(string(node, NODE.type));
+    if (!letters) throw new Error(`codec ${string(node, NODE.type)} is unknown`);
+    const [gapBits, values, codeBits] = [Number(letters[2] ?? 0), letters[3], Number(letters[4] ?? 0)];
+    const inputs = strings(node, NODE.input).map((input) => tensor(tensors.get(input)));
+    const sizes = attributes(node);
+    const shape = sizes.d;
+    const count = shape.reduce((a, b) => a * b, 1);
+    const table = inputs[inputs.length - 1];
+    const codes = codeBits ? symbols(inputs.shift().raw, codeBits, codeBits === 8 ? -1 : sizes.c[0]) : null;
+    const kept = letters[1] || gapBits;
+    const flat = kept
+      ? sparse(letters[1] ? symbols(inputs[0].raw, 1, count) : symbols(inputs[0].raw, gapBits, gapBits === 8 ? -1 : sizes.p[0]), gapBits, values, codes, table, count)
+      : everywhere(values, codes, table, count);
+    const raw = new Uint8Array(flat.buffer, 0, flat.byteLength);
+    return [...shape.flatMap((size) => [tag(TENSOR.dims, 0), varint(size)]), tag(TENSOR.type, 0), varint(table.type),
+      ...message(TENSOR.name, [new TextEncoder().encode(name)]), ...message(TENSOR.raw, [raw])]; // prettier-ignore
+  } catch (error) {
+    throw new Error(`unpack: the packed weight ${name} is damaged (${error.message})`);
+  }
+}
+
+/** All elements have a code, or all have one value. */
+function everywhere(values, codes, table, count) {
+  if (values === "o") {
+    if (count * table.array.BYTES_PER_ELEMENT > CONSTANT_AT_MOST) throw new Error(`a constant of ${count} elements`);
+    return new table.array.constructor(count).fill(table.array[0]);
+  }
+  if (!codes || codes.length !== count) throw new Error(`${codes?.length ?? 0} codes for ${count} elements`);
+  return values === "c" ? translated(codes, table.array, table.dims[0]) : translated(codes, table.array, 1);
+}
+
+/** Nonzeros at the places that a mask (gapBits 0) or gaps tell; the rest is zero bits. */
+function sparse(where, gapBits, values, codes, table, count) {
+  const nonzeros = codes ? translated(codes, table.array, 1) : table.array;
+  const places = gapBits ? gapPlaces(where, gapBits, count) : maskPlaces(where);
+  if (values !== "o" && nonzeros.length !== places.length) throw new Error(`${nonzeros.length} values for ${places.length} nonzeros`);
+  const out = new table.array.constructor(count);
+  if (values === "o") for (let i = 0; i < places.length; i++) out[places[i]] = nonzeros[0];
+  else for (let i = 0; i < places.length; i++) out[places[i]] = nonzeros[i];
+  return out;
+}
+
+function maskPlaces(flags) {
+  const places = new Uint32Array(flags.length);
+  let found = 0;
+  for (let i = 0; i < flags.length; i++) {
+    places[found] = i;
+    found += flags[i]; // no branch: nonzeros are not to be foreseen
+  }
+  return places.subarray(0, found);
+}
+
+function gapPlaces(symbols, bits, count) {
+  const [places, filler] = [new Uint32Array(symbols.length), 2 ** bits - 1];
+  let [found, at] = [0, 0];
+  for (let i = 0; i < symbols.length; i++) {
+    const [gap, real] = [symbols[i], symbols[i] === filler ? 0 : 1];
+    places[found] = at + gap;
+    found += real;
+    at += gap + real;
+  }
+  if (!(at <= count && count < at + 2 ** bits)) throw new Error(`the gaps span ${at} elements, the tensor has ${count}`);
+  return places.subarray(0, found);
+}
+
+/** table[code] for each code, with one table a channel where there are several. */
+function translated(codes, table, channels) {
+  const [width, each] = [table.length / channels, codes.length / channels];
+  if (!Number.isInteger(width) || !Number.isInteger(each)) throw new Error(`${codes.length} codes in ${channels} channels`);
+  const out = new table.constructor(codes.length);
+  for (let channel = 0, i = 0; channel < channels; channel++) {
+    for (const stop = i + each, base = channel * width; i < stop; i++) {
+      if (codes[i] >= width) throw new Error(`code ${codes[i]} has no entry in the table of ${width}`);
+      out[i] = table[base + codes[i]];
+    }
+  }
+  return out;
+}
+
+/** Bytes to `count` symbols; widths other than 8 lie in parts of 4, 2 and 1 bits, the lowest first (torchopt/packing/bits.py). */
+function symbols(bytes, bits, count) {
+  if (bits === 8) return bytes;
+  const unit = Math.ceil(count / 8);
+  if (!(count >= 0) || bytes.length !== bits * unit) throw new Error(`${bytes.length} bytes do not hold ${count} symbols of ${bits} bits`);
+  const out = new Uint8Array(8 * unit);
+  for (let width = 4, low = 0; width; width >>= 1) {
+    if (!(bits & width)) continue;
+    const [start, length, mask] = [low * unit, width * unit, 2 ** width - 1];
+    for (let slot = 0; slot < 8 / width; slot++) {
+      for (let i = 0, to = slot * length; i < length; i++, to++) out[to] |= ((bytes[start + i] >> (width * slot)) & mask) << low;
+    }
+    low += width;
+  }
+  return out.subarray(0, count);
+}
+
+/** An initializer: its dims, ONNX type, bytes, and the bits of its elements. */
+function tensor(field) {
+  if (!field) throw new Error("an operand is no constant");
+  const all = fields(field.body);
+  if (all.some((f) => f.number === TENSOR.location && f.value === 1)) throw new Error("an operand lies in another file");
+  const type = all.find((f) => f.number === TENSOR.type)?.value;
+  const raw = all.find((f) => f.number === TENSOR.raw)?.body ?? new Uint8Array(0);
+  if (!(type in ARRAYS)) throw new Error(`an operand of type ${type}`);
+  const dims = integers(all, TENSOR.dims);
+  const array = new ARRAYS[type](raw.slice().buffer); // a copy is aligned
+  if (dims.reduce((a, b) => a * b, 1) !== array.length) throw new Error(`an operand of ${array.length} elements has shape ${dims}`);
+  return { dims, type, raw, array };
+}
+
+/** The attributes that are lists of integers, by name. */
+function attributes(node) {
+  const found = fields(node).filter((f) => f.number === NODE.attribute);
+  return Object.fromEntries(found.map((f) => [string(f.body, ATTRIBUTE.name), integers(fields(f.body), ATTRIBUTE.ints)]));
+}
+
+// Protocol buffers: a message is a row of fields, each a tag (number, wire type) and a value; messages lie in messages.
+
+function fields(bytes) {
+  const found = [];
+  for (let at = 0; at < bytes.length; ) {
+    const start = at;
+    let key, value;
+    [key, at] = readVarint(bytes, at);
+    const [number, wire] = [Math.floor(key / 8), key % 8];
+    let body = null;
+    if (wire === 0) [value, at] = readVarint(bytes, at);
+    else if (wire === 1) at += 8;
+    else if (wire === 5) at += 4;
+    else if (wire === 2) {
+      [value, at] = readVarint(bytes, at);
+      body = bytes.subarray(at, at + value);
+      at += value;
+    } else throw new Error(`unpack: is no whole ONNX file (wire type ${wire} at byte ${start})`);
+    if (number === 0 || at > bytes.length) throw new Error(`unpack: is no whole ONNX file (a field ends beyond byte ${bytes.length})`);
+    found.push({ number, value, body, whole: bytes.subarray(start, at) });
+  }
+  return found;
+}
+
+function readVarint(bytes, at) {
+  for (let value = 0, scale = 1, i = 0; i < 10; i++, scale *= 128) {
+    if (at >= bytes.length) break;
+    const byte = bytes[at++];
+    value += (byte & 127) * scale;
+    if (byte < 128) return [value, at];
+  }
+  throw new Error("unpack: is no whole ONNX file (a number has no end)");
+}
+
+function integers(all, number) {
+  const found = [];
+  for (const f of all.filter((f) => f.number === number)) {
+    if (f.body === null) found.push(f.value);
+    else for (let at = 0, value; at < f.body.length; found.push(value)) [value, at] = readVarint(f.body, at);
+  }
+  return found;
+}
+
+function strings(bytes, number) {
+  return fields(bytes).filter((f) => f.number === number && f.body).map((f) => text.decode(f.body));
+}
+
+function string(bytes, number) {
+  return strings(bytes, number)[0] ?? "";
+}
+
+function message(number, pieces) {
+  return [tag(number, 2), varint(pieces.reduce((sum, piece) => sum + piece.length, 0)), ...pieces];
+}
+
+function tag(number, wire) {
+  return varint(number * 8 + wire);
+}
+
+function varint(value) {
+  const bytes = [];
+  for (; value >= 128; value = Math.floor(value / 128)) bytes.push((value % 128) | 128);
+  return Uint8Array.from([...bytes, value]);
+}
+
+function joined(pieces) {
+  const out = new Uint8Array(pieces.reduce((sum, piece) => sum + piece.length, 0));
+  let at = 0;
+  for (const piece of pieces) (out.set(piece, at), (at += piece.length));
+  return out;
+}
