@@ -40,7 +40,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", required=True, metavar="FILE", help="the ONNX file to write; the list of operators goes beside a .ort file"
     )
-    parser.add_argument("--target", default="ort-x86", help="ort-x86, ort-x86-avx2, ort-arm or ort-web")
+    parser.add_argument("--target", default="ort-x86", help="ort-x86, ort-x86-avx2, ort-arm, ort-web or openvino")
     parser.add_argument("--quantize", action="store_true", help="8-bit integers, after training; needs --calibration")
     parser.add_argument("--weight-bits", type=int, default=8, metavar="N", help="bits of the quantized weights, 2 to 8")
     parser.add_argument("--calibration", metavar="DIR", help="a folder of pictures, or a .npy file of inputs (N, C, H, W)")

@@ -41,6 +41,7 @@ TARGETS = {
         Target(name="ort-x86-avx2", signed=False, most_weight_bits=7),
         Target(name="ort-arm", signed=False, most_weight_bits=8),
         Target(name="ort-web", signed=False, most_weight_bits=8),
+        Target(name="openvino", signed=False, most_weight_bits=8),
     )
 }
 
