@@ -217,7 +217,7 @@ def test_bad_calibration_data_is_refused(batches, message):
         ({"milestones": [3, 2, 1]}, r"milestones: got \[3, 2, 1\]; three optimizer steps in rising order"),
         ({"block_size": 24}, r"block_size: got 24; a power of two"),
         ({"mode": "dynamic", "activation_bits": 16}, r"activation_bits: 'dynamic' rounds to 8 bits; 8 is needed"),
-        ({"fallback": "auto"}, r"fallback: 'auto' is not available yet"),
+        ({"fallback": "always"}, r"fallback: got 'always'; 'auto' or None"),
         ({"mode": "float16", "weight_bits": 4}, r"'float16' has no scales"),
         ({"learn_scale": True, "rounding": "adaptive"}, r"learn_scale: training moves what rounding='adaptive' fixed"),
         ({"fallback": "always"}, r"fallback: got 'always'; 'auto' or None"),

@@ -25,6 +25,7 @@ from torchopt.batches import Batch
 from torchopt.cluster import Cluster
 from torchopt.earlier import Left, left_behind
 from torchopt.errors import ModelError, RuleError, StateError
+from torchopt.fallback import faster_rules
 from torchopt.grid import grids
 from torchopt.prune import ConstantSparsity, Prune
 from torchopt.prune.plan import plan_of
@@ -64,7 +65,17 @@ def prepare(
     """
     _refuse(model)
     found = left_behind(weights(model)) if preserve else {}
-    return attach(model, rules, example_inputs, found, target)
+
+    def quantized(trial: Sequence[Rule]) -> nn.Module:
+        ready = attach(model, trial, example_inputs, found, target)
+        if quantization.observes(ready):
+            quantization.calibrate(ready, [tuple(example_inputs or ())], progress=False)
+        return _baked(ready)
+
+    rules, slower = faster_rules(copy.deepcopy(model), rules, example_inputs, target, quantized)
+    ready = attach(model, rules, example_inputs, found, target)
+    require_state(ready, "prepare")[1].skipped += slower
+    return ready
 
 
 def attach(
@@ -132,6 +143,10 @@ def finalize(model: nn.Module) -> nn.Module:
     """
     prepared, state = require_state(model, "finalize")
     _check_steps(prepared, state)
+    return _baked(prepared)
+
+
+def _baked(prepared: nn.Module) -> nn.Module:
     plain = copy.deepcopy(prepared)
     clustering.bake(plain)
     pruning.bake(plain)

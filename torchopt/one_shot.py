@@ -49,13 +49,14 @@ def one_shot(
         4
     """
     ready = prepare(_unfrozen(model), rules, example_inputs, target=target)
-    batches = list(batches) if batches is not None else []
-    if batches and pruning.observes(ready):
+    again = pruning.observes(ready) or reestimate  # then the batches are read more than once
+    batches = list(batches) if batches is not None and again else batches
+    if batches is not None and pruning.observes(ready):
         _run(ready, batches)
     pruning.finish(ready)
-    if batches and reestimate:
+    if batches is not None and reestimate:
         reestimate_batch_norm(ready, batches)
-    if batches and quantization.observes(ready):
+    if batches is not None and quantization.observes(ready):
         calibrate(ready, batches, progress=progress)
     return finalize(ready)
 
@@ -66,7 +67,7 @@ def _unfrozen(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _run(model: nn.Module, batches: Sequence[Batch]) -> None:
+def _run(model: nn.Module, batches: Iterable[Batch]) -> None:
     """Forward passes in evaluation mode, for what listens to them."""
     training = model.training
     model.eval()

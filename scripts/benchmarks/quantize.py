@@ -86,9 +86,8 @@ def measure(name: str, repeats: int) -> tuple[Row, float]:
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{kind}.onnx" for kind in ("float", "ours", "ort")]
         torchopt.export(model, (x[:1],), files[0], pack=False)
-        final = torchopt.one_shot(
-            model, [torchopt.Rule("*", quantize=torchopt.Quantize())], [x], example_inputs=(x[:1],), progress=False
-        )
+        rule = torchopt.Rule("*", quantize=torchopt.Quantize(observer="minmax", rounding="nearest", equalize=False))  # as the peer
+        final = torchopt.one_shot(model, [rule], [x], example_inputs=(x[:1],), progress=False)
         torchopt.export(final, (x[:1],), files[1], pack=False)
         entry = torchopt.runtime.session(files[0]).get_inputs()[0].name
         peer(files[0], files[2], [x[i : i + 1].numpy() for i in range(len(x))], entry)

@@ -16,9 +16,6 @@ from torchopt.errors import ConfigError, nearest
 
 MODES = ("static", "dynamic", "weight_only", "float16")
 OBSERVERS = ("auto", "minmax", "moving_average", "histogram", "percentile", "mse", "entropy")
-NOT_YET: dict[str, object] = {
-    "fallback": "auto",
-}  # named in the public contract; refused rather than ignored
 ROUNDINGS = ("nearest", "least_squares", "adaptive")
 
 
@@ -42,7 +39,7 @@ class Quantize:
         learn_scale: train the scales with the weights (LSQ, Esser et al. 2020, arXiv:1902.08153).
         milestones: optimizer steps at which training starts to fake-quantize, freezes the observers, and freezes batch norm.
         block_size: input weights a scale, for 4-bit linear layers in "weight_only" mode; None is one scale per channel.
-        fallback: "auto" leaves in float what integers make slower, measured at export; None keeps all.
+        fallback: "auto" leaves in float what integers make slower, measured by `prepare` in ONNX Runtime on this machine; None keeps all.
 
     Raises:
         ConfigError: a field is out of its range.
@@ -78,9 +75,6 @@ class Quantize:
         _check("fallback", self.fallback, self.fallback in (None, "auto"), "'auto' or None")
         _check_milestones(self.milestones)
         self._check_combination()
-        for name, later in NOT_YET.items():
-            if getattr(self, name) == later:
-                raise ConfigError(f"Quantize.{name}: {later!r} is not available yet; leave it out")
 
     def _check_combination(self) -> None:
         block = self.block_size

@@ -1,0 +1,113 @@
+"""`Quantize(fallback="auto")`: integers only where ONNX Runtime is faster with them, by measurement.
+
+The network is exported as it is and with integers in all layers that the rules quantize, and both are timed in turns. Where integers
+lose, the kinds of layers (convolutions, depthwise convolutions, linear layers) are tried in every combination, and the fastest one is
+kept; where none beats float, nothing is quantized. Scales do not change latency, so the example inputs calibrate the trials.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from torchopt.errors import StateError
+from torchopt.export import export
+from torchopt.progress import track
+from torchopt.rules import Assigned, Rule, assign
+from torchopt.runtime import benchmark
+from torchopt.weights import Skipped
+
+REPEATS = 15
+Build = Callable[[Sequence[Rule]], nn.Module]
+
+
+def faster_rules(
+    model: nn.Module, rules: Sequence[Rule], example_inputs: tuple[Any, ...] | None, target: str, quantized: Build
+) -> tuple[list[Rule], list[Skipped]]:
+    """Return the rules with integers left out where they cost latency, and what was left out.
+
+    Args:
+        model: the float network; it is not touched.
+        rules: as for `prepare`; those without fallback="auto" stay as they are.
+        example_inputs: one call's arguments, tensors.
+        target: the runtime that the files are written for; they are timed in ONNX Runtime on this machine.
+        quantized: makes the finalized model that rules lead to.
+
+    Raises:
+        StateError: example inputs are missing.
+    """
+    asked = [a for a in assign(model, rules) if a.rule.quantize is not None and a.rule.quantize.fallback == "auto"]
+    if not asked:
+        return list(rules), []
+    if example_inputs is None:
+        raise StateError("prepare: fallback='auto' times the network; give example_inputs=(x,), one call's arguments")
+    kinds: dict[str, list[Assigned]] = {}
+    for found in asked:
+        kinds.setdefault(_kind(found), []).append(found)
+    choices = {kept: _without(rules, kinds, kept) for kept in _subsets(list(kinds))}
+    with tempfile.TemporaryDirectory() as name:
+        kept, ratio = _fastest(model, choices, example_inputs, target, quantized, Path(name))
+    reason = f"integers in {' and '.join(kinds)} take {ratio:.2f} × the time of float in ONNX Runtime on this machine; left float"
+    left = [a.weight.name for kind in kinds if kind not in kept for a in kinds[kind]]
+    return choices.get(kept, _without(rules, kinds, ())), [Skipped(name=n, technique="quantize", reason=reason) for n in left]
+
+
+def _fastest(
+    model: nn.Module, choices: dict[tuple[str, ...], list[Rule]], x: tuple[Any, ...], target: str, quantized: Build, folder: Path
+) -> tuple[tuple[str, ...], float]:
+    """Return the kinds whose integers are fastest, () for none, and the latency ratio of all of them together."""
+    first = folder / "float.onnx"
+    export(model.eval(), x, first, target=target, pack=False)
+
+    def ratios(some: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], float]:
+        paths = {}
+        for kept in some:
+            paths[kept] = folder / f"{len(list(folder.iterdir()))}.onnx"
+            export(quantized(choices[kept]).eval(), x, paths[kept], target=target, pack=False)
+        timing = benchmark([first, *paths.values()], repeats=REPEATS, progress=False)
+        return {kept: row.ratio for kept, row in zip(paths, timing.rows[1:], strict=True)}
+
+    everything = next(iter(choices))
+    whole = ratios([everything])[everything]
+    if whole <= 1 or len(choices) == 1:
+        return (everything if whole <= 1 else ()), whole
+    found = ratios(track(list(choices)[1:], "fallback"))
+    best = min(found, key=lambda kept: found[kept])
+    return (best if found[best] <= 1 else ()), whole
+
+
+def _subsets(kinds: list[str]) -> list[tuple[str, ...]]:
+    """All combinations but the empty one, the largest first."""
+    return [c for size in range(len(kinds), 0, -1) for c in itertools.combinations(kinds, size)]
+
+
+def _kind(found: Assigned) -> str:
+    module = found.weight.module
+    if found.weight.depthwise:
+        return "depthwise convolutions"
+    convolution = isinstance(module, nn.modules.conv._ConvNd)
+    return (
+        "convolutions" if convolution else "linear layers" if isinstance(module, nn.Linear) else f"{type(module).__name__} layers"
+    )
+
+
+def _without(rules: Sequence[Rule], kinds: dict[str, list[Assigned]], kept: tuple[str, ...]) -> list[Rule]:
+    """The rules, preceded by one for each weight that shall stay float; its masks and tables stay."""
+    exact = {
+        a.weight.name: Rule(a.weight.name, prune=a.rule.prune, cluster=a.rule.cluster)
+        for kind, members in kinds.items()
+        if kind not in kept
+        for a in members
+    }
+    return [*exact.values(), *(r for r in rules if _still_matches(r, kinds, set(exact)))]
+
+
+def _still_matches(rule: Rule, kinds: dict[str, list[Assigned]], left: set[str]) -> bool:
+    """False for a rule all of whose weights have rules of their own now: it would match nothing."""
+    members = [a for found in kinds.values() for a in found if a.rule is rule]
+    return not members or any(a.weight.name not in left for a in members)
