@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torchopt.batches import Batch, model_inputs
 from torchopt.errors import DataError
 from torchopt.export.pack import decode_initializers
 from torchopt.progress import track
+from torchopt.runtime.layers import layer_differences
 from torchopt.runtime.session import session
 from torchopt.weights import weights
 
@@ -35,6 +36,8 @@ class Verdict:
         within_one_step: share of output entries that differ by one step at most, or None.
         top1_agreement: share of samples whose largest output is the same.
         samples: how many were compared.
+        layers_compared: how many layers' outputs were compared, on request.
+        first_layer: the first layer, in the file's order, whose output is further apart than the tolerance, or None.
     """
 
     weights_equal: bool
@@ -47,6 +50,8 @@ class Verdict:
     within_one_step: float | None
     top1_agreement: float
     samples: int
+    layers_compared: int = 0
+    first_layer: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data."""
@@ -57,11 +62,25 @@ class Verdict:
         steps = f", at most {self.max_steps:.2f} quantization steps apart" if self.max_steps is not None else ""
         return (
             f"{equal}; outputs at most {self.max_abs:.3g} apart ({self.max_relative:.2g} of the largest){steps}; "
-            f"top-1 agreement {self.top1_agreement:.2%} of {self.samples} samples"
+            f"top-1 agreement {self.top1_agreement:.2%} of {self.samples} samples{self._layers()}"
         )
 
+    def _layers(self) -> str:
+        if not self.layers_compared:
+            return ""
+        first = f"the first to differ is {self.first_layer}" if self.first_layer is not None else "none differs"
+        return f"; of {self.layers_compared} layers {first}"
 
-def verify(model: nn.Module, path: str | os.PathLike[str], batches: Iterable[Batch], *, progress: bool = True) -> Verdict:
+
+def verify(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    batches: Iterable[Batch],
+    *,
+    progress: bool = True,
+    layers: bool = False,
+    tolerance: float | None = None,
+) -> Verdict:
     """Compare a finalized torch model with the ONNX file that was exported from it.
 
     Args:
@@ -69,6 +88,8 @@ def verify(model: nn.Module, path: str | os.PathLike[str], batches: Iterable[Bat
         path: the file.
         batches: inputs (labels are ignored); the outputs of both are compared on them.
         progress: show a bar on stderr.
+        layers: also compare each layer's output on the first batch, and name the first that differs.
+        tolerance: of a layer, as a share of its largest output; by default 0.001, or 2/255 where the model is quantized.
 
     Raises:
         DataError: no batch, or NaN in the outputs.
@@ -78,14 +99,29 @@ def verify(model: nn.Module, path: str | os.PathLike[str], batches: Iterable[Bat
     opened = session(path)
     training = model.training
     model.eval()
-    pairs = [_outputs(model, opened, batch) for batch in track(batches, "verify", enabled=progress)]
+    first: list[Batch] = []
+    kept = _keep_first(track(batches, "verify", enabled=progress), first)
+    pairs = [_outputs(model, opened, batch) for batch in kept]
     model.train(training)
     if not pairs:
         raise DataError("verify: the loader gave no batch; give at least one")
     ours, theirs = (np.concatenate(side) for side in zip(*pairs, strict=True))
     if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
         raise DataError("verify: an output is NaN or infinite; give finite inputs")
-    return _verdict(ours, theirs, compared, different, output_step(model, ours))
+    verdict = _verdict(ours, theirs, compared, different, output_step(model, ours))
+    if not layers:
+        return verdict
+    limit = tolerance if tolerance is not None else 1e-3 if verdict.step is None else 2 / 255
+    found = layer_differences(model, path, first[0])
+    return replace(
+        verdict, layers_compared=len(found), first_layer=next((d.layer for d in found if not d.relative <= limit), None)
+    )
+
+
+def _keep_first(batches: Iterable[Batch], first: list[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        first += [] if first else [batch]
+        yield batch
 
 
 def compare_weights(model: nn.Module, path: str | os.PathLike[str]) -> tuple[int, str | None]:
