@@ -6,6 +6,9 @@ ORT fuses DequantizeLinear → op → QuantizeLinear. So the inputs and the outp
     change      sums, products, means, pools, activations: every input, and the output on a grid of its own
     share       max pools, reshapes, concatenations, slices: the output lies on the grid of the inputs, one quantizer for all
 
+A concatenation of values after a ReLU and of signed ones has a grid for each (ORT's QLinearConcat takes them): on a common grid, which
+starts below 0, the ReLU would be left over and its layer float.
+
 An operation other than a layer is integer only if all its inputs come from integer operations. A value that only a ReLU reads is not
 rounded: the ReLU's output is.
 """
@@ -43,6 +46,7 @@ SHARE_FUNCTIONS = {
 SHARE_METHODS = {
     "flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "chunk", "split", "unbind", "contiguous",
 }  # fmt: skip
+CONCATENATE = {torch.cat, torch.concat}
 TUPLES = {torch.chunk, torch.split, torch.unbind, "chunk", "split", "unbind"}
 PASS_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity)
 PASS_FUNCTIONS = {F.dropout, F.dropout2d}
@@ -62,6 +66,7 @@ CHANGE_METHODS = {"add", "add_", "mul", "mul_", "mean", "relu", "relu_", "sigmoi
 def place(traced: fx.GraphModule, assignment: dict[str, Quantize], target: Target) -> None:
     """Insert `ActivationQuantizer` modules into a traced and fused model, in place."""
     kinds = {node: _kind(traced, node) for node in traced.graph.nodes}
+    kinds |= {node: "change" for node in kinds if node.target in CONCATENATE and len(_signs(traced, node, kinds)) > 1}
     integer = _integer(kinds)
     groups = _Groups()
     for node in integer:
@@ -101,6 +106,18 @@ def _kind(traced: fx.GraphModule, node: fx.Node) -> str:
     if node.op == "call_method":
         return "share" if node.target in SHARE_METHODS else "change" if node.target in CHANGE_METHODS else ""
     return ""
+
+
+def _signs(traced: fx.GraphModule, node: fx.Node, kinds: dict[fx.Node, str]) -> set[bool]:
+    """Whether the operations that make the values which `node` passes on end in a ReLU: one answer each."""
+    found = set()
+    for source in _tensors(node):
+        module = traced.get_submodule(str(source.target)) if source.op == "call_module" else None
+        if kinds.get(source) in ("share", "pass"):
+            found |= _signs(traced, source, kinds)
+        else:
+            found.add(activation_of(traced, source) is not None or (isinstance(module, Fused) and module.act is not None))
+    return found
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:
