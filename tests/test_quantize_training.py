@@ -220,7 +220,6 @@ def test_bad_calibration_data_is_refused(batches, message):
         ({"fallback": "always"}, r"fallback: got 'always'; 'auto' or None"),
         ({"mode": "float16", "weight_bits": 4}, r"'float16' has no scales"),
         ({"learn_scale": True, "rounding": "adaptive"}, r"learn_scale: training moves what rounding='adaptive' fixed"),
-        ({"fallback": "always"}, r"fallback: got 'always'; 'auto' or None"),
     ],
 )
 def test_bad_fields_are_refused(config, message):

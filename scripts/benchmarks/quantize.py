@@ -86,7 +86,8 @@ def measure(name: str, repeats: int) -> tuple[Row, float]:
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{kind}.onnx" for kind in ("float", "ours", "ort")]
         torchopt.export(model, (x[:1],), files[0], pack=False)
-        rule = torchopt.Rule("*", quantize=torchopt.Quantize(observer="minmax", rounding="nearest", equalize=False))  # as the peer
+        as_the_peer = torchopt.Quantize(observer="minmax", rounding="nearest", equalize=False)
+        rule = torchopt.Rule("*", quantize=as_the_peer)
         final = torchopt.one_shot(model, [rule], [x], example_inputs=(x[:1],), progress=False)
         torchopt.export(final, (x[:1],), files[1], pack=False)
         entry = torchopt.runtime.session(files[0]).get_inputs()[0].name
