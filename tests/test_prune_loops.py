@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from torchopt.prune import Prune, attach, bake, mask_of, update
-from torchopt.schedule import ConstantSparsity, PolynomialDecay
+from torchopt.schedule import ConstantSparsity, CosineDecay, MultiStep, PolynomialDecay
 from torchopt.weights import weights
 
 HALF = Prune(schedule=ConstantSparsity(target_sparsity=0.5, frequency=1))
@@ -310,6 +310,31 @@ def _rank(rank: int, port: int, queue) -> None:
         queue.put((rank, chosen.score, {key: value.numpy() for key, value in model.state_dict().items()}, sparsity(model)))
     dist.barrier()
     dist.destroy_process_group()
+
+
+SCHEDULES = {
+    "polynomial": PolynomialDecay(final_sparsity=0.5, end_step=4, frequency=2),
+    "cosine": CosineDecay(final_sparsity=0.5, end_step=4, frequency=2),
+    "stairs": MultiStep(milestones=(2, 4), sparsities=(0.25, 0.5)),
+    "late": ConstantSparsity(target_sparsity=0.5, begin_step=4, frequency=1),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_finalize_before_the_final_sparsity_says_what_is_missing(name):
+    import torchopt
+    from torchopt.errors import StateError
+
+    model = torchopt.prepare(network(), [torchopt.Rule("*", prune=Prune(schedule=SCHEDULES[name]))])
+    for _ in range(3):
+        torchopt.step(model)
+    now = sparsity(model)
+    message = rf"after step 3, \S+weight has sparsity {now[0]:.3g}, its schedule reaches 0.5 at step 4 \(1 more .*until step 4"
+    with pytest.raises(StateError, match=message):
+        torchopt.finalize(model)
+    assert sparsity(torchopt.finalize(model, unfinished=True)) == now
+    torchopt.step(model)
+    assert sparsity(torchopt.finalize(model)) == [0.5, 0.5]
 
 
 def test_P29_data_parallel_on_two_ranks_gives_equal_masks():

@@ -132,6 +132,16 @@ def test_overrides_meet_the_same_checks() -> None:
     assert parse(WHOLE.replace("seed: 3\n", ""), ["seed=9"]).recipe.seed == 9
 
 
+@pytest.mark.parametrize("rule", ["{match: '*', prune: {pattern: 2:4}}", "{match: '*', prune: {pattern: '2:4'}}"])
+def test_two_of_four_is_a_pattern_and_no_number_of_base_60(rule: str) -> None:
+    text = f"model: {{kind: resnet8, classes: 10}}\ndata: {{kind: digits}}\nstages: [{{compress: [{rule}]}}]\n"
+    overridden = parse(text.replace("2:4", "1:4"), ["stages.0.compress.0.prune.pattern=2:4"])
+    nested = parse(text.replace("2:4", "1:4"), ["stages.0.compress.0.prune={pattern: 2:4}"])
+    for loaded in (parse(text), overridden, nested, parse(overridden.text)):
+        found = loaded.recipe.stages[0].compress[0].prune
+        assert (found.pattern, found.n, found.m) == ("n:m", 2, 4)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

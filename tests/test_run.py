@@ -236,6 +236,15 @@ def test_a_run_without_compression_and_one_in_one_shot(tmp_path: Path) -> None:
     assert report["placement"]["float"] == []
 
 
+def test_a_trial_run_shorter_than_the_schedule_says_so_in_the_report(tmp_path: Path) -> None:
+    report = run(parse(TINY, ["train.epochs=1"]), tmp_path / "out", progress=False)
+    short = [skip["reason"] for skip in report["skipped"] if skip["reason"].startswith("training ended")]
+    masked = [row for row in report["layers"] if 0.4 < row["sparsity"] < 0.59]
+    assert len(short) == len(masked) > 4
+    assert short[0].startswith("training ended at step 11, with sparsity 0.5")
+    assert short[0].endswith(" of 0.6, which the schedule reaches at step 20")
+
+
 def test_rows_of_check() -> None:
     rows = matched(parse(TINY).recipe)
     assert len(rows) == 10

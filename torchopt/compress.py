@@ -31,7 +31,7 @@ from torchopt.prune import ConstantSparsity, Prune
 from torchopt.prune.plan import plan_of
 from torchopt.rules import Assigned, Rule, assign
 from torchopt.state import ATTRIBUTE, State, find_state, require_state
-from torchopt.weights import Skipped, Weight, find_weight, is_pruned, weights
+from torchopt.weights import Skipped, Weight, find_weight, weights
 
 
 def prepare(
@@ -135,14 +135,20 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], *, progress: bool = Tr
     return model
 
 
-def finalize(model: nn.Module) -> nn.Module:
+def finalize(model: nn.Module, *, unfinished: bool = False) -> nn.Module:
     """Bake masks, tables and scales into ordinary weights and return a plain model; the trainable one stays usable.
 
+    Args:
+        model: what `prepare` returned, bare or wrapped.
+        unfinished: bake masks as they are, also where their schedule has not reached its final sparsity (early stopping).
+
     Raises:
-        StateError: the model was not prepared, or an activation quantizer has not seen data.
+        StateError: the model was not prepared, a schedule has not reached its final sparsity, or an activation quantizer has
+            not seen data; the model is as before.
     """
     prepared, state = require_state(model, "finalize")
-    _check_steps(prepared, state)
+    if not unfinished:
+        _check_schedules(prepared, int(state.step))
     return _baked(prepared)
 
 
@@ -156,14 +162,19 @@ def _baked(prepared: nn.Module) -> nn.Module:
     return plain
 
 
-def _check_steps(prepared: nn.Module, state: State) -> None:
-    """Refuse to bake masks that were never computed, because the training loop forgot `step`."""
-    asked = any(rule.prune is not None and rule.prune.timing.final > 0 for rule in state.rules)
-    masks = [getattr(w.module, f"{w.param}_mask") for w in weights(prepared) if is_pruned(w.module, w.param)]
-    if asked and int(state.step) == 0 and masks and all(bool(mask.all()) for mask in masks):
+def _check_schedules(prepared: nn.Module, step: int) -> None:
+    """Refuse masks that are less sparse than asked: training stopped early, or the training loop forgot `step`."""
+    waiting = pruning.unfinished(prepared, step)
+    if waiting and step == 0:
         raise StateError(
             "finalize: step was never called, so no mask was ever computed; call torchopt.step(model) after each "
             "optimizer.step(), or compress without training by torchopt.one_shot(model, rules)"
+        )
+    if waiting:
+        more = f" ({len(waiting) - 1} more weights wait too)" if len(waiting) > 1 else ""
+        raise StateError(
+            f"finalize: after step {step}, {waiting[0]}{more}; train on until step {max(w.done_step for w in waiting)}, "
+            "end the schedule earlier, or take the masks as they are with finalize(model, unfinished=True)"
         )
 
 

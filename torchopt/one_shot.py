@@ -58,7 +58,7 @@ def one_shot(
         reestimate_batch_norm(ready, batches)
     if batches is not None and quantization.observes(ready):
         calibrate(ready, batches, progress=progress)
-    return finalize(ready)
+    return finalize(ready, unfinished=True)  # `finish` has set the final sparsity, ahead of every schedule
 
 
 def _unfrozen(model: nn.Module) -> nn.Module:

@@ -249,8 +249,8 @@ def _override(plain: dict[str, Any], override: str) -> None:
     if not equals or not key.strip():
         raise ConfigError(f"--set {override}: 'key.path=value' is needed, such as train.epochs=1")
     try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        parsed, _ = read_yaml(value, "--set")  # as in the file: 2:4 is a pattern, no number of base 60
+    except ConfigError as error:
         raise ConfigError(f"--set {override}: the value is not YAML; a number, text, or {{key: value}} is needed") from error
     parts = key.strip().split(".")
     places: list[Any] = [plain]

@@ -54,6 +54,11 @@ class ConstantSparsity:
         """The sparsity that the schedule ends at."""
         return self.target_sparsity
 
+    @property
+    def done_step(self) -> int:
+        """The optimizer step that reaches the final sparsity."""
+        return max(1, self.begin_step)
+
     def sparsity_at(self, step: int) -> float:
         """Return the fraction of zeros asked for at `step`."""
         return self.target_sparsity
@@ -105,6 +110,11 @@ class PolynomialDecay:
         """The sparsity that the schedule ends at."""
         return self.final_sparsity
 
+    @property
+    def done_step(self) -> int:
+        """The optimizer step that reaches the final sparsity."""
+        return max(1, self.end_step)
+
     def sparsity_at(self, step: int) -> float:
         """Return the fraction of zeros asked for at `step`."""
         left = 1.0 - _progress(step, self.begin_step, self.end_step)
@@ -152,6 +162,11 @@ class CosineDecay:
     def final(self) -> float:
         """The sparsity that the schedule ends at."""
         return self.final_sparsity
+
+    @property
+    def done_step(self) -> int:
+        """The optimizer step that reaches the final sparsity."""
+        return max(1, self.end_step)
 
     def sparsity_at(self, step: int) -> float:
         """Return the fraction of zeros asked for at `step`."""
@@ -211,6 +226,11 @@ class MultiStep:
     def final(self) -> float:
         """The sparsity that the schedule ends at."""
         return self.sparsities[-1]
+
+    @property
+    def done_step(self) -> int:
+        """The optimizer step that reaches the final sparsity."""
+        return self.milestones[-1]
 
     def sparsity_at(self, step: int) -> float:
         """Return the fraction of zeros asked for at `step`."""

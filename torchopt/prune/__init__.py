@@ -2,7 +2,7 @@
 
 from torchopt.prune.attach import attach, bake, mask_of
 from torchopt.prune.config import Prune
-from torchopt.prune.update import finish, observes, update
+from torchopt.prune.update import finish, observes, unfinished, update
 from torchopt.schedule import ConstantSparsity, CosineDecay, MultiStep, PolynomialDecay, Schedule
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "finish",
     "mask_of",
     "observes",
+    "unfinished",
     "update",
 ]

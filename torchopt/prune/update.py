@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -74,6 +75,42 @@ def finish(model: nn.Module) -> bool:
         choose(group, group[0][1].config.timing.final)
     _multiply(placed)
     return bool(placed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unfinished:
+    """A mask whose schedule has not reached its final sparsity: the weight's name, sparsity now and in the end, and when."""
+
+    name: str
+    sparsity: float
+    final: float
+    done_step: int
+
+    def __str__(self) -> str:
+        return f"{self.name} has sparsity {self.sparsity:.3g}, its schedule reaches {self.final:g} at step {self.done_step}"
+
+
+def unfinished(model: nn.Module, step: int) -> list[Unfinished]:
+    """List the masks whose schedule would still add zeros after optimizer step `step`.
+
+    Example:
+        >>> from torchopt.prune import PolynomialDecay, attach
+        >>> from torchopt.weights import weights
+        >>> layer = nn.Linear(8, 8)
+        >>> slow = Prune(schedule=PolynomialDecay(final_sparsity=0.75, end_step=10, frequency=5))
+        >>> _ = attach([(w, slow) for w in weights(layer)], preserve=True), update(layer, 5)
+        >>> [str(mask) for mask in unfinished(layer, 5)]
+        ['weight has sparsity 0.656, its schedule reaches 0.75 at step 10']
+        >>> unfinished(layer, 10)
+        []
+    """
+    found = []
+    for module, mask in installed(model):
+        timing, now = mask.config.timing, mask.mask(module)
+        sparsity = 1.0 - int(torch.count_nonzero(now)) / now.numel()
+        if step < timing.done_step and sparsity < timing.final:
+            found.append(Unfinished(name=mask.weight_name, sparsity=sparsity, final=timing.final, done_step=timing.done_step))
+    return found
 
 
 def observes(model: nn.Module) -> bool:

@@ -18,11 +18,13 @@ from torch import nn
 from torchopt.compress import calibrate, finalize, prepare, step
 from torchopt.data import Dataset
 from torchopt.one_shot import one_shot
+from torchopt.prune import unfinished
 from torchopt.prune.plan import Plan, apply_plan, plan_of
 from torchopt.recipe import Recipe, Shrink
 from torchopt.report import report as weight_report
 from torchopt.run.folder import Position, Tensors
 from torchopt.shrink import shrink
+from torchopt.state import require_state
 from torchopt.train import Train, accuracy, train
 
 CALIBRATION_BATCHES = 32  # what a stage without training uses where `calibrate` is left at 0
@@ -93,7 +95,18 @@ def _compressed(
     if stage.calibrate and position.training is None:
         calibrate(ready, data.calibration_batches(stage.calibrate, seed=recipe.seed), progress=progress)
     epochs = _trained(ready, stage.train, recipe, data, position, save, step, progress=progress)
-    return finalize(ready), epochs, weight_report(ready).to_dict()["skipped"]
+    skipped = weight_report(ready).to_dict()["skipped"] + _stopped_early(ready)
+    return finalize(ready, unfinished=True), epochs, skipped
+
+
+def _stopped_early(ready: nn.Module) -> Rows:
+    """Rows of the report for masks less sparse than the recipe asks for, as in a trial run with fewer epochs."""
+    taken = int(require_state(ready, "run")[1].step)
+    reason = "training ended at step {}, with sparsity {:.3g} of {:g}, which the schedule reaches at step {}"
+    return [
+        {"name": u.name, "technique": "prune", "reason": reason.format(taken, u.sparsity, u.final, u.done_step)}
+        for u in unfinished(ready, taken)
+    ]
 
 
 def _trained(
