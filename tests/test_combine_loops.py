@@ -172,6 +172,35 @@ def test_two_ranks_agree_on_masks_tables_and_ranges(tmp_path):
             torch.testing.assert_close(tensor, second[name], rtol=0, atol=0, msg=name)
 
 
+def _rank_with_half_a_batch(rank: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    torch.save([_ranges(slice(4 * rank, 4 * rank + 4), learn) for learn in (False, True)], f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _ranges(part: slice, learn: bool) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(3, 8, 16)
+    rule = torchopt.Rule("*", quantize=torchopt.Quantize(learn_scale=learn))
+    model = torchopt.prepare(nn.Sequential(nn.Linear(16, 4)), [rule], example_inputs=(x[0],)).train()
+    for number in range(3):
+        model(x[number, part])
+        for name, parameter in model.named_parameters():
+            if number and name.endswith("scale"):
+                parameter.data.mul_(1.5)  # as an optimizer would, on all ranks alike
+        torchopt.step(model)
+    return {name: tensor for name, tensor in model.state_dict().items() if name.endswith(("_val", "scale", "zero_point"))}
+
+
+def test_ranges_on_two_ranks_are_those_of_the_whole_batches(tmp_path):
+    mp.spawn(_rank_with_half_a_batch, (free_port(), str(tmp_path)), nprocs=2)
+    alone = [_ranges(slice(None), learn) for learn in (False, True)]
+    for rank in (0, 1):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), alone, rtol=1e-6, atol=0)
+
+
 def test_ranks_with_other_rules_are_refused(tmp_path):
     mp.spawn(_rank_with_other_rules, (free_port(), str(tmp_path)), nprocs=2)
     for rank in (0, 1):

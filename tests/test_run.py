@@ -4,17 +4,19 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from torchopt.errors import DataError, FileError, ModelError, RuleError, StateError
 from torchopt.recipe import parse
-from torchopt.run import final_model, matched, read_report, run
+from torchopt.run import final_model, matched, read_report, run, stages
 from torchopt.run.folder import Folder
 
 TINY = """\
@@ -243,6 +245,47 @@ def test_a_trial_run_shorter_than_the_schedule_says_so_in_the_report(tmp_path: P
     assert len(short) == len(masked) > 4
     assert short[0].startswith("training ended at step 11, with sparsity 0.5")
     assert short[0].endswith(" of 0.6, which the schedule reaches at step 20")
+
+
+def _rank(rank: int, port: int, text: str, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    bake = stages.finalize
+
+    def keeping(ready: torch.nn.Module, **options: bool) -> torch.nn.Module:
+        torch.save(ready.state_dict(), f"{folder}/{rank}.pt")
+        return bake(ready, **options)
+
+    stages.finalize = keeping
+    run(parse(text), f"{folder}/two", progress=False)
+
+
+def _on_two_ranks(text: str, folder: Path) -> dict[str, Any]:
+    """Run a recipe on two ranks, check that they end in the same state, and return the report."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, (port, text, str(folder)), nprocs=2)
+    first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert {name.rpartition("_")[2] for name in first} >= {"mask", "val", "var"}  # masks, ranges, statistics
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    return read_report(folder / "two")
+
+
+def _assert_alike(one: dict[str, Any], two: dict[str, Any], points: float) -> None:
+    assert abs(one["score"]["final"] - two["score"]["final"]) <= points / 100
+    assert [row["sparsity"] for row in one["layers"]] == [row["sparsity"] for row in two["layers"]]
+
+
+def test_two_ranks_end_in_one_state(straight: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    _assert_alike(read_report(straight[0]), _on_two_ranks(TINY, tmp_path), points=3)  # far from the end of learning
+
+
+@pytest.mark.slow
+def test_two_ranks_end_as_one(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "recipes" / "digits.yaml").read_text()
+    one = run(parse(text), tmp_path / "one", progress=False)
+    _assert_alike(one, _on_two_ranks(text, tmp_path), points=0.3)  # one of the 360 pictures is 0.28
 
 
 def test_rows_of_check() -> None:

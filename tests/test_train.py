@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -152,25 +154,45 @@ def test_bad_configurations(make, message: str) -> None:
         make()
 
 
+def _normed() -> nn.Sequential:
+    """Convolutions of every layout that DDP could warn about, and batch norm with and without a momentum."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        nn.Conv2d(8, 16, 1),
+        nn.BatchNorm2d(16, momentum=None),
+        nn.Flatten(),
+        nn.Linear(1024, 12),
+        nn.BatchNorm1d(12, affine=False),
+        nn.Linear(12, 10),
+    )
+
+
+SHARED = Train(epochs=1, batch_size=64, optimizer=SGD(lr=0.01), augment=Augment(shift=1, flip=True), distill=True, clip_norm=5.0)
+
+
 def _two_ranks(rank: int, folder: str) -> None:
     import torch.distributed as dist
 
+    warnings.simplefilter("error")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    net[1].weight.data.zero_()
-    net[1].bias.data.zero_()
-    train(net, Digits().load(), Train(epochs=1, batch_size=64, optimizer=SGD(lr=0.01)))
-    torch.save(net.state_dict(), f"{folder}/{rank}.pt")
+    net = _normed()
+    epochs = train(net, Digits().load(), SHARED, teacher=_normed())
+    torch.save({**net.state_dict(), "loss": torch.tensor(epochs[0].loss)}, f"{folder}/{rank}.pt")
+    if rank == 0:
+        with pytest.raises(ConfigError, match="Train.batch_size: 33 is no multiple of the 2 processes that share it"):
+            train(net, Digits().load(), Train(epochs=1, batch_size=33))
     dist.destroy_process_group()
 
 
 def test_two_ranks_take_the_steps_of_one(tmp_path) -> None:
     torch.multiprocessing.spawn(_two_ranks, (str(tmp_path),), nprocs=2)
-    alone = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    alone[1].weight.data.zero_()
-    alone[1].bias.data.zero_()
-    train(alone, Digits().load(), Train(epochs=1, batch_size=64, optimizer=SGD(lr=0.01)))
+    alone = _normed()
+    epochs = train(alone, Digits().load(), SHARED, teacher=_normed())
     a, b = torch.load(tmp_path / "0.pt"), torch.load(tmp_path / "1.pt")
     torch.testing.assert_close(a, b, rtol=0, atol=0)
-    torch.testing.assert_close(a, dict(alone.state_dict()), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(a, {**alone.state_dict(), "loss": torch.tensor(epochs[0].loss)}, rtol=1e-3, atol=1e-5)

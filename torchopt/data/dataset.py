@@ -119,7 +119,7 @@ def generator(*place: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(low) + (int(high & 0x7FFFFFFF) << 32))
 
 
-def epoch_order(count: int, size: int, *, seed: int, epoch: int, rank: int = 0, ranks: int = 1) -> list[torch.Tensor]:
+def epoch_order(count: int, size: int, *, seed: int, epoch: int, ranks: int = 1) -> list[torch.Tensor]:
     """Split a shuffle of `count` samples into batches of `size`; an incomplete last batch is left out unless it is the only one.
 
     Args:
@@ -127,11 +127,10 @@ def epoch_order(count: int, size: int, *, seed: int, epoch: int, rank: int = 0, 
         size: samples a batch, over all ranks together.
         seed: of the run.
         epoch: its number; with the seed it decides the order.
-        rank: this process of a distributed run.
-        ranks: number of processes; each gets an equal, disjoint share of every batch.
+        ranks: number of processes that will share every batch equally; as many samples of a batch as do not divide are left out.
 
     Returns:
-        Index tensors, int64 (size / ranks,).
+        Index tensors, int64 (size // ranks * ranks,).
 
     Raises:
         DataError: no samples, or fewer than ranks.
@@ -143,9 +142,8 @@ def epoch_order(count: int, size: int, *, seed: int, epoch: int, rank: int = 0, 
         True
     """
     size = min(size, count)
-    share = size // ranks
-    if share < 1:
+    if size < ranks:
         raise DataError(f"data: {count} samples in batches of {size} for {ranks} processes; at least one sample each is needed")
     order = torch.randperm(count, generator=generator(seed, epoch))
     whole = order[: count // size * size].reshape(-1, size)
-    return [batch[rank * share : (rank + 1) * share] for batch in whole]
+    return [batch[: size // ranks * ranks] for batch in whole]

@@ -22,14 +22,19 @@ from torchopt.quantize.output_error import choose_ranges
 
 @torch.no_grad()
 def synchronize(model: nn.Module) -> None:
-    """Give every activation range the mean over the ranks of a distributed run, in one reduction."""
+    """Give every activation range what one process would have seen: the ends over all ranks, in one reduction.
+
+    Moving averages are monotonic in what a batch ranges over, so the widest of the ranks' averages is the average of the whole
+    batches' ranges. Ranges that the ranks agree on stay untouched, and with them scales that were learned since.
+    """
     quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer) and not m.fixed and m.calibrated]
     if not quantizers:
         return
-    ends = torch.stack([torch.stack([q.min_val, q.max_val]) for q in quantizers])
-    dist.all_reduce(ends)
-    for quantizer, (low, high) in zip(quantizers, ends / dist.get_world_size(), strict=True):
-        quantizer.set_range(low, high)
+    ends = torch.stack([torch.stack([q.min_val, -q.max_val, -q.min_val, q.max_val]) for q in quantizers])
+    dist.all_reduce(ends, dist.ReduceOp.MIN)
+    for quantizer, (low, minus_high, minus_other_low, other_high) in zip(quantizers, ends.cpu(), strict=True):
+        if low != -minus_other_low or other_high != -minus_high:
+            quantizer.set_range(low, -minus_high)
 
 
 def observes(model: nn.Module) -> bool:

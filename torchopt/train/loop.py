@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from torchopt.data import Dataset, epoch_order, generator
 from torchopt.errors import ConfigError, ModelError
 from torchopt.progress import track
+from torchopt.train.across import across_ranks, mean_over_ranks
 from torchopt.train.config import Distill, Train
 from torchopt.train.evaluate import accuracy
 
@@ -72,7 +72,7 @@ def train(
         One `Epoch` for each, also those of before a resume.
 
     Raises:
-        ConfigError: distillation without a teacher.
+        ConfigError: distillation without a teacher, or a batch that the processes cannot share equally.
         ModelError: the loss is not finite.
 
     Example:
@@ -89,21 +89,21 @@ def train(
     torch.manual_seed(seed)
     history, losses, first = _restore(resume, model, optimizer)
     batches = _Batches(data, config, seed, device)
-    forward = DistributedDataParallel(model) if batches.ranks > 1 else model
     total = batches.per_epoch * config.epochs
     saves = _Saves(save if batches.rank == 0 else None, save_seconds)
-    for number in track(range(first, total), description, enabled=progress and batches.rank == 0):
-        _set_learning_rate(optimizer, config.learning_rate(number, total))
-        losses.append(_one_step(forward, optimizer, *batches.at(number), config, teacher, number))
-        if after_step is not None:
-            after_step(model)
-        epoch, left = divmod(number + 1, batches.per_epoch)
-        if left == 0:
-            score = accuracy(model, data.test_batches())
-            history.append(Epoch(epoch=epoch - 1, loss=sum(losses) / len(losses), accuracy=score))
-            losses = []
-        if saves.due(ended=left == 0):
-            saves.write(_state(number + 1, model, optimizer, history, losses))
+    with across_ranks(model) as forward:
+        for number in track(range(first, total), description, enabled=progress and batches.rank == 0):
+            _set_learning_rate(optimizer, config.learning_rate(number, total))
+            losses.append(_one_step(forward, optimizer, *batches.at(number), config, teacher, number))
+            if after_step is not None:
+                after_step(model)
+            epoch, left = divmod(number + 1, batches.per_epoch)
+            if left == 0:
+                score, loss = accuracy(model, data.test_batches()), mean_over_ranks(sum(losses) / len(losses))
+                history.append(Epoch(epoch=epoch - 1, loss=loss, accuracy=score))
+                losses = []
+            if saves.due(ended=left == 0):
+                saves.write(_state(number + 1, model, optimizer, history, losses))
     model.to("cpu")
     return history
 
@@ -130,6 +130,8 @@ class _Batches:
         self.inputs, self.labels = data.train_inputs.to(device), data.train_labels.to(device)
         self.config, self.seed = config, seed
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if config.batch_size % self.ranks:
+            raise ConfigError(f"Train.batch_size: {config.batch_size} is no multiple of the {self.ranks} processes that share it")
         self.epoch, self.order = 0, self._order(0)
 
     @property
@@ -142,14 +144,15 @@ class _Batches:
         if epoch != self.epoch:
             self.epoch, self.order = epoch, self._order(epoch)
         chosen = self.order[index].to(self.inputs.device)
-        inputs = self.inputs[chosen]
-        if self.config.augment is not None:
-            inputs = self.config.augment(inputs, generator(self.seed, epoch, index, self.rank))
-        return inputs, self.labels[chosen]
+        inputs, labels = self.inputs[chosen], self.labels[chosen]
+        if self.config.augment is not None:  # the whole batch's, so that a picture is the same however many ranks there are
+            inputs = self.config.augment(inputs, generator(self.seed, epoch, index, 0))
+        share = len(chosen) // self.ranks
+        own = slice(self.rank * share, (self.rank + 1) * share)
+        return inputs[own], labels[own]
 
     def _order(self, epoch: int) -> list[torch.Tensor]:
-        count, size = len(self.inputs), self.config.batch_size
-        return epoch_order(count, size, seed=self.seed, epoch=epoch, rank=self.rank, ranks=self.ranks)
+        return epoch_order(len(self.inputs), self.config.batch_size, seed=self.seed, epoch=epoch, ranks=self.ranks)
 
 
 def _one_step(
