@@ -2,6 +2,8 @@
 
 import collections
 import contextlib
+import resource
+import time
 
 import numpy as np
 import onnx
@@ -11,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import torchopt
 from torchopt.export.pack import decode_initializers, pack, unpack
+from torchopt.runtime import inspect
 
 KINDS = {
     "codes": (0.0, 16),
@@ -133,18 +136,25 @@ def fuzz(tmp_path, count: int) -> None:
                 (tmp_path / "out.onnx").write_bytes(b"old")
             except torchopt.TorchoptError:
                 assert (tmp_path / "out.onnx").read_bytes() == b"old"
-        with contextlib.suppress(torchopt.TorchoptError):
-            decode_initializers(tmp_path / "m.onnx")
+        for reader in (decode_initializers, inspect):
+            with contextlib.suppress(torchopt.TorchoptError):
+                reader(tmp_path / "m.onnx")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.onnx", "b.onnx", "m.onnx", "out.onnx"]
 
 
-def test_mutated_files_do_no_harm(tmp_path):
+def test_mutated_files_do_no_harm(tmp_path, capfd):
     fuzz(tmp_path, 200)
+    assert capfd.readouterr().out == ""
 
 
 @pytest.mark.slow
-def test_mutated_files_do_no_harm_5000(tmp_path):
+def test_P7_5000_mutated_files_do_no_harm_and_take_no_memory(tmp_path, capfd):
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.monotonic()
     fuzz(tmp_path, 5000)
+    assert time.monotonic() - started < 600
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most < 300_000  # kilobytes; a file is 8 kB
+    assert capfd.readouterr().out == ""
 
 
 def test_a_packed_file_stays_as_it_is(tmp_path):

@@ -47,7 +47,9 @@ def session(
     if optimized_to is not None:
         options.optimized_model_filepath = str(optimized_to)
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0
+        )  # a fallback would print on stdout, and open the same file in the same way
     except Exception as error:  # the runtime's exceptions share no class
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
         raise FileError(f"{path}: ONNX Runtime {onnxruntime.__version__} refuses it: {reason}") from error
