@@ -1,6 +1,7 @@
 """Channels really removed: smaller, exportable, equal in ONNX Runtime, reloadable, and refused with reasons."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ import torchopt
 from torchopt.prune.shrink_channels import count_macs, remove_channels
 from torchopt.prune.shrink_outputs import output_layers
 from torchopt.runtime import session
-from torchopt.shrink import _bisect
+from torchopt.runtime.benchmark import Row
+from torchopt.shrink import _bisect, _settled_ratio
 
 FAMILIES = [
     "resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_b0", "densenet121",
@@ -124,10 +126,26 @@ def test_the_slowest_candidate_below_a_latency_goal_is_found():
     latency = lambda candidate: count_macs(candidate, (x,))[0] / 1e6
     goal = 0.5 * latency(model)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    cut = lambda ratio, ratios=None: remove_channels(model, (x,), ratio, round_to=16, ratios=ratios)
+    cut = partial(remove_channels, model, (x,), round_to=16)
     found = _bisect(cut, latency, goal, names)
     assert 0.95 * goal <= latency(found) <= goal
     assert found.layer2[0].conv1.out_channels % 16 == 0
+
+
+def test_a_latency_near_the_goal_is_measured_until_it_is_clear():
+    asked = []
+
+    def measure(ratio: float, spread: float, repeats: int) -> Row:
+        asked.append(repeats)
+        quartiles = {"ratio": ratio, "ratio_low": ratio - spread / 2, "ratio_high": ratio + spread / 2}
+        return Row(path="", latency_ms=1, low_ms=1, high_ms=1, load_ms=1, size_bytes=1, peak_bytes=None, **quartiles)
+
+    assert _settled_ratio(partial(measure, 0.8, 0.1), 0.5) == 0.8
+    assert asked == [15]
+    assert _settled_ratio(partial(measure, 0.52, 0.06), 0.5) == 0.52  # 2 · 0.93 · 0.06 / √n < 0.02 for n > 31
+    assert asked[1:] == [15, 30, 60]
+    assert _settled_ratio(partial(measure, 0.5, 0.1), 0.5) == 0.5
+    assert asked[4:] == [15, 30, 60, 120]
 
 
 @pytest.mark.slow
@@ -180,6 +198,40 @@ def test_an_addition_before_the_output_keeps_both_of_its_layers():
     shrunk = torchopt.shrink(model, (torch.zeros(1, 8),), ratio=0.5)
     assert set(output_layers(model, (torch.zeros(1, 8),))) == {model.a, model.b}
     assert (shrunk.stem.out_features, shrunk.a.out_features, shrunk.b.out_features) == (16, 16, 16)
+
+
+def test_attention_heads_stay_and_the_report_names_them():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+            self.wide, self.narrow = nn.Linear(32, 64), nn.Linear(64, 32)
+            self.head = nn.Linear(32, 5)
+
+        def forward(self, x):
+            x = x + self.attention(x, x, x, need_weights=False)[0]
+            return self.head((x + self.narrow(self.wide(x).relu())).mean(1))
+
+    x = torch.randn(2, 6, 32)
+    shrunk = torchopt.shrink(Block().eval(), (x,), ratio=0.5)
+    assert (shrunk.attention.embed_dim, shrunk.wide.out_features) == (32, 32)
+    skipped = torchopt.report(shrunk).skipped
+    assert [(s.name, s.technique) for s in skipped] == [("attention", "shrink")]
+    assert skipped[0].reason == "all 4 attention heads stay: they index into its width"
+    assert "left alone by shrink: attention: all 4 attention heads stay" in str(torchopt.report(shrunk))
+
+
+def test_pieces_honour_ratios_of_their_own_and_the_report_names_the_rest():
+    model = torchvision.models.shufflenet_v2_x1_0(weights=None).eval()
+    x = torch.randn(1, 3, 64, 64)
+    ratios = {"stage2.1.branch2.3": 0.0, "stage2.2.branch2.3": 0.75}  # depthwise layers lead their groups
+    shrunk = remove_channels(model, (x,), 0.5, round_to=2, ratios=ratios)
+    widths = [shrunk.stage2[i].branch2[0].out_channels for i in (1, 2, 3)]
+    assert widths == [58, 14, 28]
+    kept = {s.name: s.reason for s in torchopt.report(shrunk).skipped}
+    assert {"conv1.0", "conv5.0", "fc"} <= set(kept)
+    assert not any("branch2" in name for name in kept)
+    assert kept["conv5.0"].startswith("keeps its channels: torch-pruning cannot follow the network as a whole (")
 
 
 def test_ignored_layers_keep_their_channels():

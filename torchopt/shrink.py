@@ -7,8 +7,11 @@ candidate against the dense network burst by burst, and keeps the one nearest be
 
 from __future__ import annotations
 
+import math
+import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,13 @@ from torchopt.export import export
 from torchopt.prune.shrink_channels import check_importance, count_macs, remove_channels
 from torchopt.prune.shrink_outputs import Prunable
 from torchopt.runtime import benchmark
+from torchopt.runtime.benchmark import Row
 
 STEPS = 7  # bisections: the ratio is known to 1/128
 WITHIN = 0.05  # a latency within 5 % below the goal is good enough
 HIGHEST = 0.95
+REPEATS = 15  # bursts of each network; doubled while it is not clear on which side of the goal a candidate lies
+MOST_REPEATS = 120
 
 
 def shrink(
@@ -70,19 +76,16 @@ def shrink(
     check_importance(importance)
     multiple = round_to if round_to is not None else 16 if max_latency_ms is not None else 8
 
-    def cut(share: float, ratios: Mapping[str, float] | None = None) -> nn.Module:
-        return remove_channels(
-            model,
-            example_inputs,
-            share,
-            importance=importance,
-            round_to=multiple,
-            ignore=ignore,
-            global_ranking=global_ranking,
-            isomorphic=isomorphic,
-            ratios=ratios,
-        )
-
+    cut = partial(
+        remove_channels,
+        model,
+        example_inputs,
+        importance=importance,
+        round_to=multiple,
+        ignore=ignore,
+        global_ranking=global_ranking,
+        isomorphic=isomorphic,
+    )
     if ratio is not None:
         return cut(ratio)
     if max_macs is not None:
@@ -122,20 +125,36 @@ def _to_macs(cut: Callable[[float], nn.Module], inputs: tuple[Any, ...], goal: i
 
 def _to_latency(model: nn.Module, cut: Callable[..., nn.Module], inputs: tuple[Any, ...], goal: float, threads: int) -> nn.Module:
     with tempfile.TemporaryDirectory() as folder:
-        dense = Path(folder) / "dense.onnx"
+        dense, path = Path(folder) / "dense.onnx", Path(folder) / "candidate.onnx"
         export(model, inputs, dense, pack=False)
-        stand = benchmark([dense], threads=threads, repeats=15, progress=False).rows[0].latency_ms
-
-        def latency(candidate: nn.Module) -> float:
-            path = Path(folder) / "candidate.onnx"
-            export(candidate, inputs, path, pack=False)
-            rows = benchmark([dense, path], threads=threads, repeats=15, progress=False).rows
-            return rows[1].ratio * stand  # paired with the dense network, so that drift of the machine cancels
-
+        alone = [benchmark([dense], threads=threads, repeats=REPEATS, progress=False).rows[0].latency_ms for _ in range(3)]
+        stand = statistics.median(alone)
         if stand <= goal:
             return cut(0.0)
+
+        def latency(candidate: nn.Module) -> float:
+            export(candidate, inputs, path, pack=False)
+            return stand * _settled_ratio(
+                lambda repeats: benchmark([dense, path], threads=threads, repeats=repeats, progress=False).rows[1], goal / stand
+            )
+
         names = [name for name, module in model.named_modules() if isinstance(module, Prunable)]
         return _bisect(cut, latency, goal, names)
+
+
+def _settled_ratio(measure: Callable[[int], Row], goal: float) -> float:
+    """The latency of a candidate relative to the dense network, burst by burst, so that drift of the machine cancels.
+
+    It is measured longer until it lies on one side of the goal by two standard errors: of many candidates measured once, the one
+    that seems best would be the one whose measurement erred most. A median of n values errs by 0.93 · (quartile distance) / √n.
+    """
+    repeats = REPEATS
+    while True:
+        row = measure(repeats)
+        error = 0.93 * (row.ratio_high - row.ratio_low) / math.sqrt(repeats)
+        if abs(row.ratio - goal) > 2 * error or repeats >= MOST_REPEATS:
+            return row.ratio
+        repeats *= 2
 
 
 def _bisect(
@@ -162,7 +181,7 @@ def _bisect(
     few, many = 0, len(names)
     while many - few > 1 and best[0] < goal * (1 - WITHIN / 2):
         middle_count = (few + many) // 2
-        candidate = cut(high, dict.fromkeys(names[:middle_count], low))
+        candidate = cut(high, ratios=dict.fromkeys(names[:middle_count], low))
         took = latency(candidate)
         few, many = (few, middle_count) if took > goal else (middle_count, many)
         best = max(best, (took, candidate), key=lambda pair: pair[0] if pair[0] <= goal else 0.0)

@@ -4,7 +4,8 @@ Removing an output channel of a layer removes it from every tensor coupled to it
 through an addition, other layers' outputs (Fang et al., "DepGraph: Towards Any Structural Pruning", 2023, arXiv:2301.12900).
 Attention blocks keep their embedding width, since their heads index into it; their feed-forward layers shrink. A network that the
 engine cannot follow as a whole (ShuffleNet's channel shuffle) is shrunk piece by piece: each child module that it can follow keeps
-the widths of its own inputs and outputs. Where no piece can be followed either, the error names the module.
+the widths of its own inputs and outputs, and what stayed whole is remembered for the report. Where no piece can be followed either,
+the error names the module.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ from torch import nn
 
 from torchopt.errors import ConfigError, DataError, ModelError, RuleError, nearest
 from torchopt.prune.shrink_outputs import Prunable, output_layers
+from torchopt.weights import Skipped
 
+# what torch-pruning raises where it cannot follow the channels
+UNABLE = (ZeroDivisionError, RuntimeError, ValueError, IndexError, KeyError, AttributeError, AssertionError, TypeError)
+NOTE = "torchopt_kept_whole"
 IMPORTANCES = ("magnitude", "taylor", "lamp", "fpgm", "bn_scale", "random")
 
 
@@ -56,36 +61,46 @@ def remove_channels(
     """
     check_importance(importance)
     _check_ignore(model, ignore)
-    small = _copy_with_gradients(model)
-    training = small.training
-    small.eval()
-    try:
-        with torch.no_grad():
-            small(*example_inputs)
-    except RuntimeError as error:
-        raise DataError(f"shrink: the network does not take the example inputs: {str(error).splitlines()[0]}") from error
-    options = {
-        "importance": importance,
-        "round_to": round_to,
-        "global_pruning": global_ranking,
-        "isomorphic": isomorphic,
-    }
+    small = _copy_with_gradients(model).eval()
+    _try(small, example_inputs)
+    options = {"importance": importance, "round_to": round_to, "global_pruning": global_ranking, "isomorphic": isomorphic}
     try:
         shrunk = _prune(small, example_inputs, ratio, ignore, "", ratios or {}, options)
-    except (
-        ZeroDivisionError,
-        RuntimeError,
-        ValueError,
-        IndexError,
-        KeyError,
-        AttributeError,
-        AssertionError,
-        TypeError,
-    ) as error:
-        shrunk = _by_pieces(_copy_with_gradients(model).eval(), example_inputs, ratio, ignore, options, error)
+        kept: list[Skipped] = []
+    except UNABLE as error:
+        whole = _copy_with_gradients(model).eval()
+        shrunk, kept = _by_pieces(whole, example_inputs, ratio, ignore, ratios or {}, options, error)
     for parameter in shrunk.parameters():
         parameter.grad = None
-    return shrunk.train(training)
+    shrunk.__dict__[NOTE] = kept + _heads(shrunk)
+    return shrunk.train(model.training)
+
+
+def skipped_of(model: nn.Module) -> list[Skipped]:
+    """Return what `remove_channels` kept whole in `model`, and why; nothing for a network that was not shrunk.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 16), nn.Linear(16, 2))
+        >>> skipped_of(remove_channels(net, (torch.zeros(1, 4),), 0.5))
+        []
+    """
+    return list(model.__dict__.get(NOTE, ()))
+
+
+def _heads(model: nn.Module) -> list[Skipped]:
+    return [
+        Skipped(name=name, technique="shrink", reason=f"all {module.num_heads} attention heads stay: they index into its width")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+    ]
+
+
+def _try(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    except RuntimeError as error:
+        raise DataError(f"shrink: the network does not take the example inputs: {str(error).splitlines()[0]}") from error
 
 
 def check_importance(importance: str) -> None:
@@ -169,28 +184,30 @@ def _by_pieces(
     inputs: tuple[Any, ...],
     ratio: float,
     ignore: Sequence[str],
+    ratios: Mapping[str, float],
     options: Mapping[str, Any],
     cause: Exception,
-) -> nn.Module:
-    """Shrink every child that the engine can follow on its own, from the outside in."""
+) -> tuple[nn.Module, list[Skipped]]:
+    """Shrink every child that the engine can follow on its own, from the outside in; return also what stayed whole."""
     seen = _recorded_inputs(model, inputs)
-    done, failed = 0, ""
+    pieces: list[str] = []
+    failed = ""
     queue = [(name, child) for name, child in model.named_children()]
     while queue:
         name, module = queue.pop(0)
         if name not in seen or sum(isinstance(m, Prunable) for m in module.modules()) < 2:
             continue
         try:
-            twin = _prune(_copy_with_gradients(module).eval(), seen[name], ratio, ignore, name + ".", {}, options)
-        except (ZeroDivisionError, RuntimeError, ValueError, IndexError, KeyError, AttributeError, AssertionError, TypeError):
+            twin = _prune(_copy_with_gradients(module).eval(), seen[name], ratio, ignore, name + ".", ratios, options)
+        except UNABLE:
             failed = name
             queue += [(f"{name}.{inner}", child) for inner, child in module.named_children()]
             continue
         if _width(twin, seen[name]) == _width(module, seen[name]):
             owner, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(owner), attribute, twin)
-            done += 1
-    if not done:
+            pieces.append(name)
+    if not pieces:
         where = failed or type(model).__name__
         raise ModelError(
             f"shrink: torch-pruning cannot follow the channels through {where} ({type(cause).__name__}: {cause}); "
@@ -198,7 +215,17 @@ def _by_pieces(
         ) from cause
     with torch.no_grad():
         model(*inputs)
-    return model
+    return model, _outside(model, pieces, cause)
+
+
+def _outside(model: nn.Module, pieces: Sequence[str], cause: Exception) -> list[Skipped]:
+    """The layers of no piece; they keep their channels because the network could not be followed as a whole."""
+    reason = f"keeps its channels: torch-pruning cannot follow the network as a whole ({type(cause).__name__}), only parts of it"
+    return [
+        Skipped(name=name, technique="shrink", reason=reason)
+        for name, module in model.named_modules()
+        if isinstance(module, Prunable) and not any(name.startswith(f"{piece}.") for piece in pieces)
+    ]
 
 
 def _recorded_inputs(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, tuple[Any, ...]]:

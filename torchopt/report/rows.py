@@ -23,6 +23,7 @@ from torchopt.export.decoded import halves, two_a_byte
 from torchopt.export.decoders import DOMAIN
 from torchopt.export.pack import read, unpack_model
 from torchopt.grid import Grid, grids
+from torchopt.prune.shrink_channels import skipped_of
 from torchopt.state import find_state
 from torchopt.weights import Skipped, Weight, is_pruned, weights
 
@@ -142,7 +143,7 @@ def _of_model(model: nn.Module) -> Report:
     found = find_state(model)
     inner, skipped = (found[0], found[1].skipped) if found else (model, [])
     known = grids(inner)
-    return Report(rows=[_weight_row(weight, known) for weight in weights(inner)], skipped=list(skipped))
+    return Report(rows=[_weight_row(weight, known) for weight in weights(inner)], skipped=[*skipped_of(inner), *skipped])
 
 
 def _weight_row(weight: Weight, known: Mapping[str, Grid]) -> Row:

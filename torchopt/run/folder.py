@@ -35,6 +35,7 @@ class Position:
         start: the weights that the stage began with.
         plan: the channels that earlier `shrink` stages removed, None for none.
         shrunk: whether the stage in work has removed its channels already.
+        kept: what the stage in work could not shrink, and why.
         baseline: the weights before the first compression, None while that has not begun.
         training: the state of the training loop, None before its first save.
         stages: what the stages brought so far, for the report.
@@ -44,6 +45,7 @@ class Position:
     start: Tensors
     plan: Plan | None = None
     shrunk: bool = False
+    kept: list[dict[str, Any]] = field(default_factory=list)
     baseline: Tensors | None = None
     training: dict[str, Any] | None = None
     stages: list[dict[str, Any]] = field(default_factory=list)

@@ -20,6 +20,7 @@ from torchopt.data import Dataset
 from torchopt.one_shot import one_shot
 from torchopt.prune import unfinished
 from torchopt.prune.plan import Plan, apply_plan, plan_of
+from torchopt.prune.shrink_channels import skipped_of
 from torchopt.recipe import Recipe, Shrink
 from torchopt.report import report as weight_report
 from torchopt.run.folder import Position, Tensors
@@ -54,15 +55,18 @@ def run_stages(recipe: Recipe, data: Dataset, position: Position, save: Save, *,
         if stage.shrink is not None and not position.shrunk:
             model = _shrunken(model, data, stage.shrink)
             position.start, position.plan, position.shrunk = _copied(model), plan_of(model), True
+            position.kept = [asdict(skip) for skip in skipped_of(model)]
             save(position)
         model, epochs, skipped = _compressed(model, recipe, data, position, save, progress=progress)
         seconds = round(time.monotonic() - started, 1)
         score = accuracy(model, data.test_batches())
-        position.stages.append({"name": stage.title, "score": score, "epochs": epochs, "skipped": skipped, "seconds": seconds})
+        found = {"name": stage.title, "score": score, "epochs": epochs, "skipped": position.kept + skipped, "seconds": seconds}
+        position.stages.append(found)
         if position.stage + 1 == len(recipe.stages):
             return model
         position.stage += 1
         position.start, position.plan, position.shrunk, position.training = _copied(model), plan_of(model), False, None
+        position.kept = []
         save(position)
 
 
