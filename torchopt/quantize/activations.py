@@ -18,6 +18,7 @@ from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 
 from torchopt.errors import DataError
 from torchopt.quantize.observers import make
+from torchopt.quantize.rounding import fake_quantize, in_memory_order, learned_fake_quantize
 
 TRAINING_MOMENTUM = 0.01  # torch.ao's averaging constant: ranges follow about the last hundred steps
 SMALLEST_SCALE = 2.0**-24  # keeps bias / (s_x · s_w) inside int32 for constant activations
@@ -150,31 +151,26 @@ class ActivationQuantizer(FakeQuantizeBase):
         if not (self.ready and self.rounding):
             return x
         if self.learn:
-            return torch._fake_quantize_learnable_per_tensor_affine(
-                x,
-                self.scale.clamp(min=SMALLEST_SCALE),
-                self.zero_point.to(x.dtype),
-                self.quant_min,
-                self.quant_max,
-                (x.numel() * self.quant_max) ** -0.5,
-            )
-        return torch.fake_quantize_per_tensor_affine(x, self.scale[0], self.zero_point[0], self.quant_min, self.quant_max)
+            scale = self.scale.clamp(min=SMALLEST_SCALE)
+            return learned_fake_quantize(x, scale, self.zero_point, self.quant_min, self.quant_max)
+        return fake_quantize(x, self.scale, self.zero_point, self.quant_min, self.quant_max)
 
     def _follow(self, x: torch.Tensor) -> torch.Tensor:
         """One training step of the range, and the rounding on it."""
         self.ready = True
+        low, high = torch.aminmax(in_memory_order(x.detach()))
         if self.widening or self.learn:
-            low, high = torch.aminmax(x.detach())
             self.min_val.copy_(torch.minimum(self.min_val, low))
             self.max_val.copy_(torch.maximum(self.max_val, high))
             self._set_scale()
-            if not self.rounding:
-                return x
-            return torch.fake_quantize_per_tensor_affine(
-                x, self.scale.detach()[0], self.zero_point[0], self.quant_min, self.quant_max
-            )
-        rounded: torch.Tensor = torch.fused_moving_avg_obs_fake_quant(
-            x,
+        else:
+            self._average(torch.stack((low, high)))
+        return fake_quantize(x, self.scale.detach(), self.zero_point, self.quant_min, self.quant_max) if self.rounding else x
+
+    def _average(self, ends: torch.Tensor) -> None:
+        """Move the range towards the `ends` of this batch, (2,); torch's fused operator, which sees no more of it."""
+        torch.fused_moving_avg_obs_fake_quant(
+            ends,
             self.observer_enabled,
             self.fake_quant_enabled,
             self.min_val,
@@ -188,7 +184,6 @@ class ActivationQuantizer(FakeQuantizeBase):
             False,
             self.symmetric,
         )
-        return rounded
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
