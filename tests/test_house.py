@@ -118,13 +118,14 @@ def _blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
 
 
-def test_readme_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/switching.md"])
+def test_python_in_the_pages_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = _blocks(ROOT / "README.md", "python")
-    assert blocks, "README.md shows no Python"
-    names = {"__name__": "readme"}
+    blocks = _blocks(ROOT / page, "python")
+    assert blocks, f"{page} shows no Python"
+    names = {"__name__": "page"}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)  # a later block goes on where an earlier one ended
+        exec(compile(block, page, "exec"), names)  # a later block goes on where an earlier one ended
 
 
 def test_readme_commands_name_what_exists() -> None:
