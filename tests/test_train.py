@@ -75,6 +75,17 @@ def test_bf16_trains(digits: Dataset) -> None:
     assert history[-1].accuracy > 0.6
 
 
+@pytest.mark.parametrize("amx", [True, False])
+def test_precision_auto_is_bf16_only_where_the_processor_multiplies_it(digits: Dataset, amx: bool, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+    auto, alike, other = _net(), _net(), _net()
+    train(auto, digits, Train(epochs=1, precision="auto"))
+    train(alike, digits, Train(epochs=1, precision="bf16" if amx else "float32"))
+    train(other, digits, Train(epochs=1, precision="float32" if amx else "bf16"))
+    assert torch.equal(auto[0].weight, alike[0].weight)
+    assert not torch.equal(auto[0].weight, other[0].weight)
+
+
 def test_a_teacher_pulls_the_student_to_its_outputs(digits: Dataset) -> None:
     teacher = _net()
     train(teacher, digits, Train(epochs=4, optimizer=Adam(lr=5e-3)))

@@ -39,6 +39,7 @@ class Position:
         baseline: the weights before the first compression, None while that has not begun.
         training: the state of the training loop, None before its first save.
         stages: what the stages brought so far, for the report.
+        seconds: time spent so far, over all processes that went on with the run.
     """
 
     stage: int
@@ -49,6 +50,7 @@ class Position:
     baseline: Tensors | None = None
     training: dict[str, Any] | None = None
     stages: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,7 +56,6 @@ def run(
     torch.manual_seed(recipe.seed)
     model = recipe.model.build()
     data = checked(recipe, model)
-    started = time.monotonic()
     with process_group() as rank:
         folder = on_first(lambda: open_folder(out, loaded, resume=resume, overwrite=overwrite))
         if on_first(lambda: folder.finished):
@@ -67,8 +66,9 @@ def run(
         final = run_stages(recipe, data, position, save, progress=progress and rank == 0)
         if rank > 0:
             return {}
+    started = time.monotonic()
     measured = _result(recipe, data, folder, final, position, progress=progress)
-    result = {"recipe": loaded.name, "seconds": round(time.monotonic() - started, 1), **measured}
+    result = {"recipe": loaded.name, "seconds": round(position.seconds + time.monotonic() - started, 1), **measured}
     write_html(result, folder[PAGE])
     write_text(folder[REPORT], json.dumps(result, indent=1) + "\n")
     return result

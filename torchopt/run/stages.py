@@ -46,9 +46,14 @@ def run_stages(recipe: Recipe, data: Dataset, position: Position, save: Save, *,
     Returns:
         The model that the last stage leaves: plain, on the CPU.
     """
+    started = time.monotonic() - position.seconds
+
+    def save_now(position: Position) -> None:
+        position.seconds = time.monotonic() - started
+        save(position)
+
     while True:
         stage = recipe.stages[position.stage]
-        started = time.monotonic()
         if position.baseline is None and (stage.shrink or stage.compress):
             position.baseline = position.start
         model = started_model(recipe, position.start, position.plan)
@@ -56,10 +61,11 @@ def run_stages(recipe: Recipe, data: Dataset, position: Position, save: Save, *,
             model = _shrunken(model, data, stage.shrink)
             position.start, position.plan, position.shrunk = _copied(model), plan_of(model), True
             position.kept = [asdict(skip) for skip in skipped_of(model)]
-            save(position)
-        model, epochs, skipped = _compressed(model, recipe, data, position, save, progress=progress)
-        seconds = round(time.monotonic() - started, 1)
+            save_now(position)
+        model, epochs, skipped = _compressed(model, recipe, data, position, save_now, progress=progress)
         score = accuracy(model, data.test_batches())
+        position.seconds = time.monotonic() - started
+        seconds = round(position.seconds - sum(s["seconds"] for s in position.stages), 1)
         found = {"name": stage.title, "score": score, "epochs": epochs, "skipped": position.kept + skipped, "seconds": seconds}
         position.stages.append(found)
         if position.stage + 1 == len(recipe.stages):
@@ -67,7 +73,7 @@ def run_stages(recipe: Recipe, data: Dataset, position: Position, save: Save, *,
         position.stage += 1
         position.start, position.plan, position.shrunk, position.training = _copied(model), plan_of(model), False, None
         position.kept = []
-        save(position)
+        save_now(position)
 
 
 def started_model(recipe: Recipe, weights: Tensors, plan: Plan | None = None) -> nn.Module:

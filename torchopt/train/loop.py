@@ -167,7 +167,7 @@ def _one_step(
     """Forward, backward, update; returns the loss."""
     model.train()
     optimizer.zero_grad()
-    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=config.autocasts(inputs.device)):
         logits = model(inputs)  # (N, classes)
         taught = _logits(teacher, inputs) if teacher is not None and config.distillation is not None else None
     loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
