@@ -11,6 +11,7 @@ import torch
 from onnx import numpy_helper, parser
 
 from torchopt.errors import ModelError
+from torchopt.export.decoded import weight_values
 from torchopt.export.passes import (
     DynamicMatMulPass,
     GlobalPoolPass,
@@ -24,6 +25,7 @@ from torchopt.export.passes import (
     ShortNamesPass,
     StaticShapesPass,
     TidyPass,
+    WideChannelsPass,
 )
 from torchopt.grid import Grid
 
@@ -321,6 +323,81 @@ def test_integer_layers_and_float_results_need_no_guard() -> None:
     assert not changes(KeepFloatPass(), model(integer, w=np.ones((3, 2, 1, 1), np.int8), p=np.int8(0), **GRID))
     floats = "g(float[N, 2] x) => (float[N, 3] y) { c = QuantizeLinear(x, s, z) d = DequantizeLinear(c, s, z) y = Gemm(d, w) }"
     assert not changes(KeepFloatPass(), model(floats, w=np.ones((2, 3), np.float32), **{k: GRID[k] for k in "sz"}))
+
+
+# ---------------------------------------------------------------- channels that kernels are fast for
+def inverted_residual(channels: int, middle: str, **changed) -> ir.Model:
+    """Stem 3 → 16, expansion, depthwise, `middle`, and a convolution back, all integers; the depthwise one is called e."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "a": (16, 3, 3, 3),
+        "b": (channels, 16, 1, 1),
+        "e": (channels, 1, 3, 3),
+        "f": (16, channels, 1, 1),
+        "h": (channels, 1, 1, 1),
+    }
+    constants = dict(GRID)
+    for name, shape in shapes.items():
+        constants[name] = rng.integers(-127, 128, shape).astype(np.int8)
+        constants[f"{name}s"] = (rng.random(shape[0]) * 0.01 + 0.001).astype(np.float32)
+        constants[f"{name}b"] = rng.standard_normal(shape[0]).astype(np.float32)
+
+    def layer(x: str, y: str, w: str, attributes: str = "") -> str:
+        rounded = f"{y}c = Conv{attributes}({x}, {y}w, {w}b) {y}q = QuantizeLinear({y}c, t, o) {y} = DequantizeLinear({y}q, t, o)"
+        return f"{y}w = DequantizeLinear<axis=0>({w}, {w}s) {rounded} "
+
+    depthwise = f"<group={channels}, pads=[1, 1, 1, 1]>"
+    body = layer("d", "stem", "a", "<strides=[2, 2], pads=[1, 1, 1, 1]>") + layer("stem", "wide", "b")
+    body += layer("wide", "deep", "e", depthwise) + middle + " " + layer("mid", "y", "f")
+    text = f"g(float[N, 3, 12, 12] x) => (float[N, 16, 6, 6] y) {{ q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) {body} }}"
+    return model(text, **constants | changed)
+
+
+SQUEEZE = (
+    "p = GlobalAveragePool(deep) pq = QuantizeLinear(p, t, o) pd = DequantizeLinear(pq, t, o)"
+    " fw = DequantizeLinear<axis=0>(f, fs) g1 = Conv(pd, fw, fb) g1q = QuantizeLinear(g1, t, o) g1d = DequantizeLinear(g1q, t, o)"
+    " vw = DequantizeLinear<axis=0>(b, bs) g2 = Conv(g1d, vw, bb) g2q = QuantizeLinear(g2, t, o) g2d = DequantizeLinear(g2q, t, o)"
+    " half = DequantizeLinear(one, t, o) g3 = Add(g2d, half) g3q = QuantizeLinear(g3, t, o) g3d = DequantizeLinear(g3q, t, o)"
+    " m = Mul(deep, g3d) mq = QuantizeLinear(m, t, o) mid = DequantizeLinear(mq, t, o)"
+)
+
+
+@pytest.mark.parametrize("middle", ["mid = Relu(deep)", SQUEEZE], ids=["plain", "squeeze-and-excitation"])
+def test_channels_become_multiples_of_what_kernels_take_and_no_number_changes(middle, tmp_path) -> None:
+    before, after = (inverted_residual(24, middle, one=U8(25)) for _ in range(2))
+    stored = {name: v.const_value.numpy() for name, v in after.graph.initializers.items()}
+    assert changes(WideChannelsPass(), after)
+    depthwise = next(n for n in after.graph if "group" in n.attributes)
+    assert depthwise.attributes["group"].as_int() == 32
+    for name in "abef":
+        np.testing.assert_array_equal(
+            after.graph.initializers[name].const_value.numpy(), stored[name]
+        )  # the file has the weight itself
+    pads = optimized_kinds(after, tmp_path)["Pad"]
+    assert pads == 1  # that of the input; those of the weights were carried out at load
+    x = pictures(4, 3, 12, 12)
+    np.testing.assert_array_equal(run(after, x), run(before, x))
+
+
+def test_the_values_of_widened_weights_are_read_without_the_zeros() -> None:
+    graph = inverted_residual(24, "mid = Relu(deep)")
+    before = weight_values(graph)
+    WideChannelsPass()(graph)
+    after = weight_values(graph)
+    for name in "abef":
+        np.testing.assert_array_equal(after[name], before[name], strict=True)
+
+
+@pytest.mark.parametrize(
+    ("channels", "middle"),
+    [(32, "mid = Relu(deep)"), (6, "mid = Relu(deep)"), (24, "half = Neg(deep) mid = Neg(half)")],
+    ids=["already", "too many zeros", "through an operation that is not known"],
+)
+def test_depthwise_channels_stay(channels, middle) -> None:
+    graph = inverted_residual(channels, middle)
+    WideChannelsPass()(graph)  # the stem's three inputs become four in any case
+    assert next(n for n in graph.graph if "group" in n.attributes).attributes["group"].as_int() == channels
+    assert Counter(kinds(graph))["Pad"] == 2
 
 
 # ---------------------------------------------------------------- half weights

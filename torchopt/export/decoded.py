@@ -4,7 +4,8 @@
 2. q → [Reshape] → Cast → Mul(s) → [Reshape]                   q · s, in blocks of inputs with the Reshapes
 3. h → Cast                                                    float16 weights
 4. q → Transpose → MatMulInteger → Cast → Mul(x_scale · s)     q · s, the weight is (outputs, inputs)
-5. u → MatMulNBits(s)                                          (q − 8) · s, two codes a byte, a scale a block
+5. q → Pad → DequantizeLinear(s)                               q · s, the zero channels behind it left out
+6. u → MatMulNBits(s)                                          (q − 8) · s, two codes a byte, a scale a block
 
 A scale may itself be float16, with a Cast.
 """
@@ -61,7 +62,19 @@ def _value(stored: np.ndarray, user: ir.Node, raw: dict[str, np.ndarray]) -> np.
     ):
         apart = _value(stored.reshape(shape), cast, raw)
         return None if apart is None else apart.reshape(stored.shape)
+    if user.op_type == "Pad" and (wide := _reader(user, "DequantizeLinear")) is not None:
+        return _narrowed(stored, user, wide, raw)
     return _transposed(stored, user, raw) if user.op_type == "Transpose" else None
+
+
+def _narrowed(stored: np.ndarray, pad: ir.Node, wide: ir.Node, raw: dict[str, np.ndarray]) -> np.ndarray | None:
+    """Case 5: what of the widened weight is the weight."""
+    ends = _constant(pad.inputs[1], raw)
+    if ends is None or len(ends) != 2 * stored.ndim or (ends < 0).any():
+        return None
+    around = list(zip(ends[: stored.ndim], ends[stored.ndim :], strict=True))
+    value = _dequantized(np.pad(stored, around), wide, raw)
+    return value[tuple(slice(before, before + size) for (before, _), size in zip(around, stored.shape, strict=True))]
 
 
 def _transposed(stored: np.ndarray, user: ir.Node, raw: dict[str, np.ndarray]) -> np.ndarray | None:

@@ -35,7 +35,15 @@ INTEGER = {
     "QAttention",
 }
 FLOAT = LAYERS | {"FusedConv", "NhwcFusedConv", "FusedGemm", "FusedMatMul"}
-WRITTEN = {"DequantizeLinear", "Transpose", "Reshape", "Cast", "Identity", "QuantizeLinear"}  # between a constant and a layer
+WRITTEN = {
+    "DequantizeLinear",
+    "Transpose",
+    "Reshape",
+    "Cast",
+    "Identity",
+    "QuantizeLinear",
+    "Pad",
+}  # between a constant and a layer
 NO_KERNEL = "ONNX Runtime has no integer kernel for this form"
 DECODING = {"BitwiseAnd", "CumSum", "ScatterElements", "GatherElements"}  # what packing alone brings into a graph
 

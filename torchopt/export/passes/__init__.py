@@ -14,6 +14,7 @@ from torchopt.export.passes.redundant_activations import RedundantActivationsPas
 from torchopt.export.passes.short_names import ShortNamesPass
 from torchopt.export.passes.static_shapes import StaticShapesPass
 from torchopt.export.passes.tidy import TidyPass
+from torchopt.export.passes.wide_channels import WideChannelsPass
 
 __all__ = [
     "BlockWeightsPass",
@@ -30,4 +31,5 @@ __all__ = [
     "ShortNamesPass",
     "StaticShapesPass",
     "TidyPass",
+    "WideChannelsPass",
 ]

@@ -86,7 +86,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node) -> None:
     total = ir.Node("", "Add", [slope.outputs[0], offset.outputs[0]])
     for new, suffix in ((slope, "slope"), (offset, "offset"), (total, "sum")):
         new.outputs[0].name, new.outputs[0].type = f"{name}_{suffix}", old.type
-    total.outputs[0].shape = old.shape
+    slope.outputs[0].shape = total.outputs[0].shape = old.shape
     graph.insert_before(node, [slope, offset, total])
     for user, index in list(old.uses()):
         user.replace_input_with(index, total.outputs[0])
