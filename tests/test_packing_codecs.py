@@ -92,4 +92,4 @@ def test_sparse_random_weights_keep_their_values_raw():
     encoding = encode(w)
     assert encoding is not None
     assert encoding.name == "mask+raw"
-    assert encoding.payload_bytes == math.ceil(10_000 / 8) + 4 * int((w != 0).sum())
+    assert encoding.payload_bytes == math.ceil(10_000 / 8) + 4 * int((w != 0).sum()) + 4

@@ -1,21 +1,26 @@
 """An encoding as a call of its decoder in the graph, and back: which arrays become constants, under which names.
 
-A call's inputs are the codes, the positions, a zero, and the table, as far as the encoding has them; its attributes are the sizes that
-the arrays alone do not tell: d the dense shape, n its elements, c the codes, p the gap symbols, r the rows of a table a channel.
+A call's inputs are the codes, the positions, the planes, and the table, as far as the encoding has them; its attributes are the sizes
+that the arrays alone do not tell: d the dense shape, p the number of gap symbols (p0, p1 … of the planes').
+
+The running index of the nonzeros starts at 1, and 0 means zero. So the zero is stored with the nonzeros: before raw ones and before the
+one value, else as the table's last entry, whose code precedes the others; where all codes are taken, the decoder adds it ("T").
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
+import re
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from torchopt.export.decoders import DOMAIN, function, function_name
-from torchopt.packing import Encoding, from_parts, to_parts
+from torchopt.export.blocks import FOUR_BITS, filled, in_two
+from torchopt.export.decoders import DOMAIN, function_name, functions
+from torchopt.packing import Encoding, from_parts, padded, to_parts
 
 
 class Names:
@@ -50,86 +55,123 @@ class Names:
 def replace(model: ir.Model, value: ir.Value, encoding: Encoding, opset: int, names: Names) -> None:
     """Put a call of the decoding function in the place of an initializer."""
     graph, name, users = model.graph, str(value.name), list(value.uses())
-    key = (DOMAIN, function_name(encoding), "")
-    if key not in model.functions:
-        model.functions[key] = function(encoding, opset)
+    kind = function_name(encoding, opset)
+    if (DOMAIN, kind, "") not in model.functions:
+        for function in functions(encoding, opset):
+            model.functions[function.identifier()] = function
         model.opset_imports[DOMAIN] = 1
     graph.initializers.pop(name)
     value.name = None
-    inputs = [names.constant(graph, data) for data in _arrays(encoding)]
-    node = ir.Node(DOMAIN, function_name(encoding), inputs, list(_attributes(encoding)))
+    inputs = [names.constant(graph, data) for data in _arrays(encoding, opset >= FOUR_BITS)]
+    node = ir.Node(DOMAIN, kind, inputs, list(_attributes(encoding, opset >= FOUR_BITS)))
     output = node.outputs[0]
-    output.name, output.shape = name, value.shape
-    output.dtype = value.dtype  # type: ignore[assignment]
+    output.name = name
     first = next(iter(graph))
     graph.insert_before(first, node)
+    node.name = None  # the graph gave it one: bytes
     for user, index in users:
         user.replace_input_with(index, output)
 
 
-def _arrays(encoding: Encoding) -> Iterator[ir.TensorProtocol]:
-    """The constants of a call, in the order of the function's inputs: codes, where, zero, table."""
+def _arrays(encoding: Encoding, four: bool) -> Iterator[ir.TensorProtocol]:
+    """The constants of a call, in the order of the function's inputs: codes, where, planes, table."""
+    table = encoding.table
+    zero = np.zeros(1, table.dtype)
     if encoding.code_bits:
-        yield _symbols(encoding.codes, encoding.code_bits)
-    if encoding.where is not None:
-        where = encoding.where
-        yield ir.tensor(where[None, :]) if encoding.positions == "mask" else _symbols(where, encoding.gap_bits)
-        yield ir.tensor(np.zeros((*encoding.table.shape[:-1], 1), dtype=encoding.dtype))
-    yield ir.tensor(encoding.table)
+        codes = encoding.codes
+        if encoding.has_zero:  # its code comes first, and is the one after the last
+            codes, table = np.concatenate([[len(table)], codes]).astype(np.uint8), np.concatenate([table, zero])
+        rows = len(table) if encoding.values == "channel" else 0
+        yield from _stream(codes, encoding.code_bits, four, rows)
+    elif encoding.has_zero:
+        table = np.concatenate([zero, table])
+    if encoding.positions == "mask" and encoding.where is not None:
+        yield ir.tensor(encoding.where[None, :])
+    elif encoding.where is not None:
+        yield from _stream(encoding.where, encoding.gap_bits, four)
+    for bits, symbols in encoding.planes:
+        yield from _stream(symbols, bits, four)
+    yield ir.tensor(table)
 
 
-def _symbols(symbols: np.ndarray, bits: int) -> ir.TensorProtocol:
-    return ir.tensor(symbols if bits == 8 else to_parts(symbols, bits))
+def _stream(symbols: np.ndarray, bits: int, four: bool, rows: int = 0) -> Iterator[ir.TensorProtocol]:
+    if bits == 8:
+        yield ir.tensor(symbols)
+    elif not four or bits not in (4, 5):
+        yield ir.tensor(to_parts(symbols, bits))
+    else:
+        symbols = padded(symbols) if in_two(bits, four) else symbols
+        low = symbols & 15
+        yield ir.tensor((low.reshape(rows, -1) if rows and bits == 4 else low).astype(ir.DataType.UINT4.numpy()))
+        if bits == 5:
+            yield ir.tensor(to_parts(symbols >> 4, 1))
 
 
-def _attributes(encoding: Encoding) -> Iterator[ir.Attr]:
+def _attributes(encoding: Encoding, four: bool) -> Iterator[ir.Attr]:
     yield ir.AttrInt64s("d", encoding.shape)
-    size = math.prod(encoding.shape)
-    if encoding.code_bits not in (0, 8):
-        yield ir.AttrInt64s("c", [len(encoding.codes)])
-    if encoding.where is not None:
-        yield ir.AttrInt64s("n", [size])
-        if encoding.positions == "gaps" and encoding.gap_bits != 8:
-            yield ir.AttrInt64s("p", [len(encoding.where)])
-    if encoding.values == "channel":
-        yield ir.AttrInt64s("r", [encoding.table.shape[0], -1])
+    if encoding.positions == "gaps" and encoding.where is not None and filled(encoding.gap_bits, four):
+        yield ir.AttrInt64s("p", [len(encoding.where)])
+    for number, (bits, symbols) in enumerate(encoding.planes):
+        if filled(bits, four):
+            yield ir.AttrInt64s(f"p{number}", [len(symbols)])
+
+
+_KIND = re.compile(r"u?(?:(m)|g([2-8]))?([tTcor])([1-8])?((?:p[2-8])*)")
 
 
 def read_encoding(node: ir.Node) -> Encoding:
     """The encoding that a call of a decoding function holds."""
-    letters = node.op_type
-    positions = {"m": "mask", "g": "gaps"}.get(letters[0], "all")
-    gap_bits = int(letters[1]) if positions == "gaps" else 0
-    rest = letters[2:] if positions == "gaps" else letters[1:] if positions == "mask" else letters
-    values = {"t": "table", "c": "channel", "o": "one", "r": "raw"}[rest[0]]
-    code_bits = int(rest[1:] or 0)
+    kind = _KIND.fullmatch(node.op_type)
     data = [v.const_value for v in node.inputs if v is not None]
-    if any(d is None for d in data):
-        raise ValueError("an operand is no constant")
-    arrays: list[Any] = [d.numpy() for d in data if d is not None]
+    if kind is None or not data or any(d is None for d in data):
+        raise ValueError("an operand is no constant" if kind else f"kind {node.op_type!r}")
+    arrays: list[np.ndarray] = [d.numpy() for d in data if d is not None]
     ints = {key: list(attr.as_ints()) for key, attr in node.attributes.items()}
-    shape, table = tuple(ints["d"]), arrays[-1]
-    codes = _stream(arrays.pop(0), code_bits, ints.get("c")) if code_bits else np.empty(0, np.uint8)
-    where = None
-    if positions == "mask":
-        where = arrays[0][0]
-    elif positions == "gaps":
-        where = _stream(arrays[0], gap_bits, ints.get("p"))
-    return Encoding(
-        positions=positions,
-        values=values,
-        shape=shape,
-        dtype=table.dtype,
-        code_bits=code_bits,
-        gap_bits=gap_bits,
-        codes=codes,
-        where=where,
-        table=table,
+    shape, gap_bits, code_bits = tuple(ints["d"]), int(kind[2] or 0), int(kind[4] or 0)
+    table = arrays.pop()
+    codes = _read(arrays, code_bits) if code_bits else np.empty(0, np.uint8)
+    where = arrays.pop(0)[0] if kind[1] else None
+    if gap_bits:
+        where = _read(arrays, gap_bits)[: ints["p"][0] if "p" in ints else None]
+    widths = [int(width) for width in kind[5].split("p")[1:]]
+    planes = tuple(
+        (width, _read(arrays, width)[: ints[f"p{i}"][0] if f"p{i}" in ints else None]) for i, width in enumerate(widths)
+    )
+    return _trimmed(
+        Encoding(
+            positions="mask" if kind[1] else "gaps" if gap_bits else "all",
+            values={"t": "table", "c": "channel", "o": "one", "r": "raw"}[kind[3].lower()],
+            shape=shape,
+            dtype=table.dtype,
+            code_bits=code_bits,
+            gap_bits=gap_bits,
+            codes=codes,
+            where=where,
+            table=table,
+            planes=planes,
+        ),
+        zero=kind[3] != "T" and bool(kind[1] or gap_bits),
     )
 
 
-def _stream(array: np.ndarray, bits: int, count: list[int] | None) -> np.ndarray:
+def _trimmed(stored: Encoding, zero: bool) -> Encoding:
+    """Without what the decoder needs beside: the zero in the table, its code, and the symbols that fill a stream up."""
+    count = math.prod(stored.shape) if stored.positions == "all" else stored.nonzeros()
+    if not stored.code_bits:
+        return dataclasses.replace(stored, table=stored.table[1:] if zero else stored.table)
+    codes = stored.codes[zero : count + zero]
+    return dataclasses.replace(stored, codes=codes, table=stored.table[:-1] if zero else stored.table)
+
+
+def _read(arrays: list[np.ndarray], bits: int) -> np.ndarray:
+    """Take the tensors of one stream from the front, and return its symbols, filled up to a multiple of eight where they are."""
+    first = arrays.pop(0)
     if bits == 8:
-        return array
-    assert count is not None
-    return from_parts(array, count[0])
+        return first
+    if first.dtype == np.uint8:
+        return from_parts(first, 8 * first.shape[1])
+    symbols = first.reshape(-1).astype(np.uint8)
+    if bits > 4:
+        rest = arrays.pop(0)
+        symbols |= from_parts(rest, 8 * rest.shape[1]) << 4
+    return symbols

@@ -1,191 +1,236 @@
-"""The ONNX side of packing: one model-local function per codec, written in standard operators that ORT folds at load.
+"""The ONNX side of packing: model-local functions in standard operators, which ORT inlines and folds at load.
 
-    symbols       bytes → int32 symbols                BitShift, BitwiseAnd, BitwiseOr
-    positions     mask → running index                 CumSum
-                  gaps → scattered index               CumSum, ScatterElements
-    values        index → value                        GatherElements: 0.6 ms a million in ORT, where Gather takes 8
+One function decodes all tensors of a kind, and calls smaller ones, so that a file holds each step once:
 
-ORT inlines a model-local function and folds its constants, so the decoded graph is the dense one. `NonZero` would not fold.
+    t4          codes → values                                  GatherElements: 0.6 ms a million in ORT, where Gather takes 4
+    t5p2p4      rare high bits put into the codes               ScatterElements (add)
+    mt4         a mask → running index → values                 CumSum, GatherElements
+    g3t4        values scattered to the places                  ScatterElements
+    c4 o r      a table a channel; one value; raw nonzeros      as in `Encoding`
+    s6, g3, p4  what these call: see `blocks`
+
+A letter u before says that the size is no multiple of eight (a cut more), T instead of t that all codes are taken, so that zero has
+none and needs a place of its own. The decoded graph is the dense one. What costs time at load is memory touched for the first time:
+one int32 index a weight is 4 bytes, so steps stay in uint8 as long as they can, and four-bit codes are cast from UINT4 in one step
+(opset 21). `NonZero` and `Compress` would not fold.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import onnx
 import onnx_ir as ir
 from onnx import parser
 
-from torchopt.packing import Encoding, parts
+from torchopt.export.blocks import CUT, FOUR_BITS, block, filled, inputs, symbols
+from torchopt.packing import Encoding
 
 DOMAIN = "torchopt"
-_SIZES: dict[str, int] = {}  # by the name of the function
+_SIZES: dict[str, dict[str, int]] = {}  # bytes of the functions of a kind, by the name of the kind
 
-_ROWS = """
-  {0}_first = Constant <value_ints = [{1}]> ()
-  {0}_last = Constant <value_ints = [{2}]> ()
-  {0}_in = Slice ({3}, {0}_first, {0}_last)
+_SIZE = """
+  shape = Constant <value_ints: ints = @d> ()
+  size = ReduceProd (shape)
 """
-_PART = """
-  {0}_line = Constant <value_ints = [1, -1]> ()
-  {0}_row = Reshape ({1}, {0}_line)
-  {0}_shifts = Constant <value = uint8[{2}, 1] {{{3}}}> ()
-  {0}_shifted = BitShift <direction = "RIGHT"> ({0}_row, {0}_shifts)
-  {0}_ones = Constant <value = uint8 {{{4}}}> ()
-  {0}_low = BitwiseAnd ({0}_shifted, {0}_ones)
-  {0}_line_shape = Constant <value_ints = [-1]> ()
-  {0}_value = Reshape ({0}_low, {0}_line_shape)
-"""
-_JOIN = """
-  {0}_place = Constant <value = uint8 {{{1}}}> ()
-  {0}_high = BitShift <direction = "LEFT"> ({0}_value, {0}_place)
-  {0}_joined = BitwiseOr ({2}, {0}_high)
-"""
-_CUT = """
-  {0}_start = Constant <value_ints = [0]> ()
-  {0}_stop = Constant <value_ints: ints = @{1}> ()
-  {0}_bytes = Slice ({2}, {0}_start, {0}_stop)
-"""
-_SYMBOLS = """
-  {0}_symbols = Cast <to = 6> ({1})
-"""
-_COUNT = """
-  zero_axis = Constant <value_int = 0> ()
-  counted = CumSum ({0}, zero_axis)
-  index = Mul (counted, {0})
-"""
-_ONE = """
-  index = Identity ({0})
-"""
-_GAPS = """
-  filler = Constant <value = int32 {{{0}}}> ()
-  one = Constant <value = int32 {{1}}> ()
-  is_filler = Equal (where_symbols, filler)
-  not_filler = Not (is_filler)
-  real = Cast <to = 6> (not_filler)
-  advance = Add (where_symbols, real)
-  axis_zero = Constant <value_int = 0> ()
-  reached = CumSum (advance, axis_zero)
-  place = Sub (reached, one)
+_COUNTED = """
+  axis = Constant <value_int = 0> ()
+  counted = CumSum (real, axis)
+  index = Mul (counted, real)
 """
 _CODED = """
-  nonzeros = GatherElements <axis = 0> (table, codes_symbols)
+  codes_index = Cast <to = 6> ({0})
+  nonzeros = GatherElements <axis = 0> (table, codes_index)
 """
-_PLAIN = """
-  nonzeros = Identity (table)
+_ZERO = """
+  nothing = Constant <value_float = 0.0> ()
+  zero_value = CastLike (nothing, table)
+  one_zero = Constant <value_ints = [1]> ()
+  zero = Reshape (zero_value, one_zero)
+"""
+_ZERO_FIRST = """
+  values = Concat <axis = 0> (zero, nonzeros)
 """
 _PICK = """
-  values = Concat <axis = 0> (zero, nonzeros)
-  {0} = GatherElements <axis = 0> (values, index)
+  flat = GatherElements <axis = 0> (values, index)
 """
 _SCATTER = """
-  size = Constant <value_ints: ints = @n> ()
+  updates = GatherElements <axis = 0> (values, index)
   empty = Expand (zero, size)
   flat = ScatterElements <axis = 0> (empty, place, updates)
 """
 _TABLE = """
-  flat = GatherElements <axis = 0> (table, codes_symbols)
+  index = Cast <to = 6> ({0})
+  flat = GatherElements <axis = {1}> (table, index)
 """
-_CHANNEL = """
-  rows = Constant <value_ints: ints = @r> ()
-  code_rows = Reshape (codes_symbols, rows)
-  flat = GatherElements <axis = 1> (table, code_rows)
-"""
-_CONSTANT = """
-  shape = Constant <value_ints: ints = @d> ()
-  weight = Expand (table, shape)
+_ROWS = """
+  channels = Shape <end = 1> (table)
+  others = Constant <value_ints = [-1]> ()
+  rows_shape = Concat <axis = 0> (channels, others)
+  code_rows = Reshape ({0}, rows_shape)
 """
 _END = """
-  shape = Constant <value_ints: ints = @d> ()
   weight = Reshape (flat, shape)
 """
 
 
-def function_name(encoding: Encoding) -> str:
-    """Return the short name of the function that decodes such an encoding; equal encodings share one."""
+def function_name(encoding: Encoding, opset: int) -> str:
+    """Return the short name of the function that decodes such an encoding; equal kinds share one."""
     where = {"all": "", "mask": "m", "gaps": f"g{encoding.gap_bits}"}[encoding.positions]
-    return f"{where}{encoding.values[0]}{encoding.code_bits or ''}"
+    full = encoding.positions != "all" and not encoding.has_zero
+    values = encoding.values[0].upper() if full else encoding.values[0]
+    planes = "".join(f"p{width}" for width, _ in encoding.planes)
+    return f"{'u' if _uneven(encoding, opset >= FOUR_BITS) else ''}{where}{values}{encoding.code_bits or ''}{planes}"
 
 
-def function(encoding: Encoding, opset: int) -> ir.Function:
-    """Return the model-local function that decodes encodings of this kind.
+def functions(encoding: Encoding, opset: int) -> list[ir.Function]:
+    """Return the model-local functions that decode encodings of this kind: the one to call, and those that it calls.
 
     Args:
         encoding: an example of the kind.
-        opset: of the model that the function goes into.
+        opset: of the model that the functions go into.
     """
-    inputs, attributes, body = [], ["d"], ""
-    if encoding.code_bits:
-        inputs.append("codes")
-        body += _symbols("codes", "c", encoding.code_bits, attributes)
-    if encoding.where is not None:
-        inputs += ["where", "zero"]
-        body += _sparse(encoding, attributes) + _END
-    elif encoding.values == "one":
-        body += _CONSTANT
+    four = opset >= FOUR_BITS
+    texts = {function_name(encoding, opset): _decoder(encoding, four)}
+    waiting = list(texts)
+    while waiting:
+        for name in _called(texts[waiting.pop()]):
+            if name not in texts:
+                texts[name] = block(name, four)
+                waiting.append(name)
+    return [_function(name, text, opset) for name, text in texts.items()]
+
+
+def function_bytes(encoding: Encoding, opset: int) -> dict[str, int]:
+    """Return about how many bytes each function that decodes such encodings takes in a file, once."""
+    name = function_name(encoding, opset)
+    key = f"{name} {opset >= FOUR_BITS}"
+    if key not in _SIZES:
+        made = functions(encoding, opset)
+        _SIZES[key] = {f.name: len(ir.serde.serialize_function(f).SerializeToString()) + 3 for f in made}
+    return _SIZES[key]
+
+
+def _uneven(encoding: Encoding, four: bool) -> bool:
+    """Whether the decoded stream is longer than the tensor."""
+    width = 1 if encoding.positions == "mask" else encoding.code_bits
+    streamed = encoding.positions == "mask" or (encoding.positions == "all" and width > 0)
+    return streamed and filled(width, four) and math.prod(encoding.shape) % 8 != 0
+
+
+@dataclass
+class _Text:
+    """A function being written: `line` adds to its body, `stream` also to its inputs."""
+
+    four: bool
+    inputs: list[str] = field(default_factory=list)
+    attributes: list[str] = field(default_factory=lambda: ["d"])
+    body: str = _SIZE
+
+    def symbols(self, name: str, bits: int, length: str | None) -> str:
+        """Take in a stream and unpack it, cut to a length on request; return what it is called then."""
+        self.inputs += inputs(name, bits, self.four)
+        steps, found = symbols(name, bits, self.four)
+        self.body += steps
+        if length is None:
+            return found
+        self.body += CUT.format(found, f"{name}_cut", length)
+        return f"{name}_cut"
+
+    def gap_symbols(self, name: str, bits: int, attribute: str) -> str:
+        """The same for gaps, whose number an attribute tells where the stream is filled up."""
+        if not filled(bits, self.four):
+            return self.symbols(name, bits, None)
+        self.attributes.append(attribute)
+        self.body += f"{name}_length = Constant <value_ints: ints = @{attribute}> ()\n"
+        return self.symbols(name, bits, f"{name}_length")
+
+    def whole(self) -> str:
+        return f"<{', '.join(self.attributes)}> ({', '.join([*self.inputs, 'table'])}) => (weight) {{{self.body}{_END}}}"
+
+
+def _decoder(encoding: Encoding, four: bool) -> str:
+    """Head and body of the function that decodes a whole tensor."""
+    text = _Text(four)
+    if encoding.positions == "all":
+        _everywhere(text, encoding)
     else:
-        body += (_CHANNEL if encoding.values == "channel" else _TABLE) + _END
-        attributes += ["r"] if encoding.values == "channel" else []
-    inputs.append("table")
-    text = (
-        f'<domain: "{DOMAIN}", opset_import: ["": {opset}]>\n{function_name(encoding)} <{", ".join(attributes)}> '
-        f"({', '.join(inputs)}) => (weight) {{{body}}}"
-    )
-    return ir.serde.deserialize_function(_minimal(parser.parse_function(text)))
+        _sparse(text, encoding)
+    return text.whole()
 
 
-def function_bytes(encoding: Encoding) -> int:
-    """Return about how many bytes the decoder of such encodings takes in a file, once."""
-    name = function_name(encoding)
-    if name not in _SIZES:
-        _SIZES[name] = len(ir.serde.serialize_function(function(encoding, 21)).SerializeToString())
-    return _SIZES[name]
+def _everywhere(text: _Text, encoding: Encoding) -> None:
+    """Every element has a code, or all have one value."""
+    if encoding.values == "one":
+        text.body += "flat = Expand (table, shape)"
+        return
+    bits, four = encoding.code_bits, text.four and encoding.code_bits == 4
+    if four and not encoding.planes:
+        text.inputs.append("codes")
+        codes = "codes"
+    else:
+        codes = text.symbols("codes", bits, "size" if _uneven(encoding, text.four) else None)
+    if encoding.values == "channel" and not four:  # UINT4 lies there in rows
+        text.body, codes = text.body + _ROWS.format(codes), "code_rows"
+    for number, (gap_bits, _) in enumerate(encoding.planes):
+        gaps = text.gap_symbols(f"plane{number}", gap_bits, f"p{number}")
+        text.body += f"more{number} = {DOMAIN}.p{gap_bits} <k: int = {bits + number}> ({codes}, {gaps})\n"
+        codes = f"more{number}"
+    text.body += _TABLE.format(codes, int(encoding.values == "channel"))
 
 
-def _sparse(encoding: Encoding, attributes: list[str]) -> str:
+def _sparse(text: _Text, encoding: Encoding) -> None:
     """Nonzeros to their places: picked by a running index through the mask, or scattered to where the gaps lead."""
-    nonzeros = _CODED if encoding.code_bits else _PLAIN
-    index = _ONE if encoding.values == "one" else _COUNT
-    attributes.append("n")
-    if encoding.positions == "mask":
-        return _symbols("where", "n", 1, attributes) + index.format("where_symbols") + nonzeros + _PICK.format("flat")
-    gaps = _symbols("where", "p", encoding.gap_bits, attributes) + _GAPS.format(2**encoding.gap_bits - 1)
-    return gaps + index.format("real") + nonzeros + _PICK.format("updates") + _SCATTER
+    codes, gaps = "", encoding.positions == "gaps"
+    if encoding.code_bits == 4 and text.four:
+        text.inputs.append("codes")
+        codes = "codes"
+    elif encoding.code_bits:
+        codes = text.symbols("codes", encoding.code_bits, None)
+    if gaps:
+        flags = text.gap_symbols("where", encoding.gap_bits, "p")
+        text.body += f"place, real = {DOMAIN}.g{encoding.gap_bits} ({flags})"
+    else:
+        flags = text.symbols("where", 1, "size" if _uneven(encoding, text.four) else None)
+        text.body += f"real = Cast <to = 6> ({flags})"
+    text.body += "index = Identity (real)" if encoding.values == "one" else _COUNTED
+    text.body += _CODED.format(codes) if codes else "nonzeros = Identity (table)"
+    text.body += _ZERO + ("values = Identity (nonzeros)" if encoding.has_zero else _ZERO_FIRST)
+    text.body += _SCATTER if gaps else _PICK
 
 
-def _symbols(name: str, count: str, bits: int, attributes: list[str]) -> str:
-    """Bytes → int32 symbols; the inverse of `torchopt.packing.to_parts`."""
-    if bits == 8:
-        return _SYMBOLS.format(name, name)
-    if count not in attributes:
-        attributes.append(count)
-    body, whole = "", ""
-    for number, (width, low) in enumerate(parts(bits)):
-        part, source = f"{name}_{number}", name
-        if width != bits:
-            body, source = body + _ROWS.format(part, low, low + width, name), f"{part}_in"
-        shifts = ", ".join(str(width * slot) for slot in range(8 // width))
-        body += _PART.format(part, source, 8 // width, shifts, 2**width - 1)
-        if number:
-            body += _JOIN.format(part, low, whole)
-        whole = f"{part}_joined" if number else f"{part}_value"
-    return body + _CUT.format(name, count, whole) + _SYMBOLS.format(name, f"{name}_bytes")
+def _called(text: str) -> Iterator[str]:
+    for piece in text.split(f"{DOMAIN}.")[1:]:
+        yield piece.split(maxsplit=1)[0]
+
+
+def _function(name: str, text: str, opset: int) -> ir.Function:
+    own = f', "{DOMAIN}": 1' if f"{DOMAIN}." in text else ""
+    proto = parser.parse_function(f'<domain: "{DOMAIN}", opset_import: ["": {opset}{own}]>\n{name} {text}')
+    return ir.serde.deserialize_function(_minimal(proto))
 
 
 def _minimal(proto: onnx.FunctionProto) -> onnx.FunctionProto:
-    """Make the body short, for it is in every file: inner names of one or two letters, equal constants once, no Identity."""
+    """Make the body short, for it is in every file: inner names of one or two letters, equal constants once, nothing unused."""
     names = {name: name for name in (*proto.input, *proto.output)}
     seen: dict[bytes, str] = {}
     nodes: list[onnx.NodeProto] = []
+    read = {name for node in proto.node for name in node.input}
     for node in proto.node:
         node.input[:] = [names[name] for name in node.input]
         content = b"".join(attribute.SerializeToString() for attribute in node.attribute)
         if node.op_type == "Identity":
             names[node.output[0]] = node.input[0]
+        elif not read & {*node.output} and not {*node.output} & {*proto.output}:
+            continue
         elif node.op_type == "Constant" and content in seen:
             names[node.output[0]] = seen[content]
         else:
-            name = names.setdefault(node.output[0], f"_{len(seen) + len(nodes):x}")
-            node.output[:] = [name]
-            seen |= {content: name} if node.op_type == "Constant" else {}
+            for place, name in enumerate(node.output):
+                node.output[place] = names.setdefault(name, f"_{len(names):x}")
+            seen |= {content: node.output[0]} if node.op_type == "Constant" else {}
             nodes.append(node)
     del proto.node[:]
     proto.node.extend(nodes)

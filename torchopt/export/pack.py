@@ -111,7 +111,7 @@ def pack_model(model: ir.Model) -> PackReport:
     fixed = {id(v) for v in (*model.graph.outputs, *model.graph.inputs)}
     weights = {str(v.name): v for v in model.graph.initializers.values() if id(v) not in fixed and _packable(v)}
     rows, names = {}, Names(model)
-    for name, encoding in _chosen(weights):
+    for name, encoding in _chosen(weights, opset):
         dense = weights[name].const_value.numpy()  # type: ignore[union-attr]
         rows[name] = PackedTensor(
             name=name,
@@ -124,7 +124,7 @@ def pack_model(model: ir.Model) -> PackReport:
     return PackReport(rows=[rows[name] for name in weights if name in rows])
 
 
-def _chosen(weights: dict[str, ir.Value]) -> Iterator[tuple[str, Encoding]]:
+def _chosen(weights: dict[str, ir.Value], opset: int) -> Iterator[tuple[str, Encoding]]:
     """Yield the encoding of each weight that gets one.
 
     A large tensor takes its smallest. The small ones share decoders, which cost bytes too: starting from all kinds, the kind whose
@@ -137,18 +137,20 @@ def _chosen(weights: dict[str, ir.Value]) -> Iterator[tuple[str, Encoding]]:
         if dense.nbytes < SMALL:
             options[name] = list(encodings(dense))
         elif (encoding := encode(dense)) is not None:
-            given.add(function_name(encoding))
+            given |= {*function_bytes(encoding, opset)}
             yield name, encoding
 
     def best(name: str, kinds: set[str]) -> Encoding | None:
-        return min((e for e in options[name] if function_name(e) in kinds), key=lambda e: e.payload_bytes, default=None)
+        found = (e for e in options[name] if function_name(e, opset) in kinds)
+        return min(found, key=lambda e: e.payload_bytes, default=None)
 
     def cost(kinds: set[str]) -> int:
         saved = ((weights[n].const_value.nbytes, best(n, kinds)) for n in options)  # type: ignore[union-attr]
         tensors = sum(e.payload_bytes + CALL_BYTES if e is not None else dense for dense, e in saved)
-        return tensors + sum(sizes[kind] for kind in kinds - given)
+        needed = {name: size for kind in kinds for name, size in sizes[kind].items() if name not in given}
+        return tensors + sum(needed.values())
 
-    sizes = {function_name(e): function_bytes(e) for found in options.values() for e in found}
+    sizes = {function_name(e, opset): function_bytes(e, opset) for found in options.values() for e in found}
     kinds = set(sizes)
     while droppable := sorted(kinds - given):
         least, kind = min((cost(kinds - {kind}), kind) for kind in droppable)
@@ -222,7 +224,12 @@ def read(path: str | os.PathLike[str]) -> ir.Model:
 
 def _write(model: ir.Model, path: str | os.PathLike[str]) -> None:
     try:
-        data = ir.to_proto(model).SerializeToString()
+        proto = ir.to_proto(model)
+        stored = {tensor.name for tensor in proto.graph.initializer}  # whose types and shapes onnx-ir writes a second time
+        kept = [info for info in proto.graph.value_info if info.name not in stored]
+        del proto.graph.value_info[:]
+        proto.graph.value_info.extend(kept)
+        data = proto.SerializeToString()
     except Exception as error:  # google.protobuf.message.EncodeError or a ValueError, by version
         raise ModelError(f"{path}: cannot be one file (protobuf holds at most 2 GB): {str(error)[:200]}") from error
     with atomic_path(path) as temporary:

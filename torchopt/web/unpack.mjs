@@ -14,6 +14,7 @@ const NODE = { input: 1, output: 2, type: 4, attribute: 5, domain: 7 };
 const ATTRIBUTE = { name: 1, graph: 6, ints: 8, graphs: 11 };
 const TENSOR = { dims: 1, type: 2, name: 8, raw: 9, location: 14 };
 const ARRAYS = { 1: Uint32Array, 2: Uint8Array, 3: Uint8Array, 6: Uint32Array, 10: Uint16Array }; // bits of float, uint8, int8, int32, float16
+const UINT4 = 21;
 const CONSTANT_AT_MOST = 1 << 20; // bytes of a constant tensor kept as one value
 const text = new TextDecoder();
 
@@ -77,21 +78,22 @@ function namesRead(graph) {
 function decodedTensor(node, tensors) {
   const name = string(node, NODE.output);
   try {
-    const letters = /^(?:(m)|g([2-8]))?([tcor])([1-8])?$/.exec(string(node, NODE.type));
-    if (!letters) throw new Error(`codec ${string(node, NODE.type)} is unknown`);
-    const [gapBits, values, codeBits] = [Number(letters[2] ?? 0), letters[3], Number(letters[4] ?? 0)];
+    const kind = /^u?(?:(m)|g([2-8]))?([tTcor])([1-8])?((?:p[2-8])*)$/.exec(string(node, NODE.type));
+    if (!kind) throw new Error(`codec ${string(node, NODE.type)} is unknown`);
+    const [mask, gapBits, values, codeBits] = [Boolean(kind[1]), Number(kind[2] ?? 0), kind[3], Number(kind[4] ?? 0)];
     const inputs = strings(node, NODE.input).map((input) => tensor(tensors.get(input)));
     const sizes = attributes(node);
-    const shape = sizes.d;
-    const count = shape.reduce((a, b) => a * b, 1);
-    const table = inputs[inputs.length - 1];
-    const codes = codeBits ? symbols(inputs.shift().raw, codeBits, codeBits === 8 ? -1 : sizes.c[0]) : null;
-    const kept = letters[1] || gapBits;
-    const flat = kept
-      ? sparse(letters[1] ? symbols(inputs[0].raw, 1, count) : symbols(inputs[0].raw, gapBits, gapBits === 8 ? -1 : sizes.p[0]), gapBits, values, codes, table, count)
-      : everywhere(values, codes, table, count);
-    const raw = new Uint8Array(flat.buffer, 0, flat.byteLength);
-    return [...shape.flatMap((size) => [tag(TENSOR.dims, 0), varint(size)]), tag(TENSOR.type, 0), varint(table.type),
+    const count = sizes.d.reduce((a, b) => a * b, 1);
+    const table = inputs.pop();
+    const codes = codeBits ? symbols(inputs, codeBits) : null;
+    const where = mask ? symbols(inputs, 1).subarray(0, count) : gapBits ? symbols(inputs, gapBits).subarray(0, sizes.p?.[0]) : null;
+    kind[5].split("p").slice(1).forEach((width, i) => {
+      const plane = symbols(inputs, Number(width)).subarray(0, sizes[`p${i}`]?.[0]);
+      for (const place of gapPlaces(plane, Number(width), count)) codes[place] |= 1 << (codeBits + i);
+    });
+    const flat = where ? sparse(where, gapBits, values, codes, table, count) : everywhere(values, codes, table, count);
+    const raw = new Uint8Array(flat.buffer, flat.byteOffset, flat.byteLength);
+    return [...sizes.d.flatMap((size) => [tag(TENSOR.dims, 0), varint(size)]), tag(TENSOR.type, 0), varint(table.type),
       ...message(TENSOR.name, [new TextEncoder().encode(name)]), ...message(TENSOR.raw, [raw])]; // prettier-ignore
   } catch (error) {
     throw new Error(`unpack: the packed weight ${name} is damaged (${error.message})`);
@@ -104,14 +106,16 @@ function everywhere(values, codes, table, count) {
     if (count * table.array.BYTES_PER_ELEMENT > CONSTANT_AT_MOST) throw new Error(`a constant of ${count} elements`);
     return new table.array.constructor(count).fill(table.array[0]);
   }
-  if (!codes || codes.length !== count) throw new Error(`${codes?.length ?? 0} codes for ${count} elements`);
-  return values === "c" ? translated(codes, table.array, table.dims[0]) : translated(codes, table.array, 1);
+  if (!codes || codes.length < count) throw new Error(`${codes?.length ?? 0} codes for ${count} elements`);
+  return translated(codes.subarray(0, count), table.array, values === "c" ? table.dims[0] : 1);
 }
 
-/** Nonzeros at the places that a mask (gapBits 0) or gaps tell; the rest is zero bits. */
+/** Nonzeros at the places that a mask (gapBits 0) or gaps tell; the rest is zero bits. A zero goes before them in the file, unless "T". */
 function sparse(where, gapBits, values, codes, table, count) {
-  const nonzeros = codes ? translated(codes, table.array, 1) : table.array;
   const places = gapBits ? gapPlaces(where, gapBits, count) : maskPlaces(where);
+  const first = values === "T" ? 0 : 1;
+  const nonzeros = codes ? translated(codes.subarray(first, places.length + first), table.array, 1) : table.array.subarray(1);
+  if (where.length < count && !gapBits) throw new Error(`a mask of ${where.length} bits for ${count} elements`);
   if (values !== "o" && nonzeros.length !== places.length) throw new Error(`${nonzeros.length} values for ${places.length} nonzeros`);
   const out = new table.array.constructor(count);
   if (values === "o") for (let i = 0; i < places.length; i++) out[places[i]] = nonzeros[0];
@@ -156,11 +160,26 @@ function translated(codes, table, channels) {
   return out;
 }
 
-/** Bytes to `count` symbols; widths other than 8 lie in parts of 4, 2 and 1 bits, the lowest first (torchopt/packing/bits.py). */
-function symbols(bytes, bits, count) {
-  if (bits === 8) return bytes;
-  const unit = Math.ceil(count / 8);
-  if (!(count >= 0) || bytes.length !== bits * unit) throw new Error(`${bytes.length} bytes do not hold ${count} symbols of ${bits} bits`);
+/** The symbols of a stream, taken from the front of the tensors, filled up to a multiple of 8 (torchopt/packing/bits.py). */
+function symbols(tensors, bits) {
+  const { type, dims, raw } = tensors.shift();
+  if (bits === 8) return raw;
+  if (type === UINT4) {
+    const count = dims.reduce((a, b) => a * b, 1);
+    if (raw.length !== Math.ceil(count / 2)) throw new Error(`${raw.length} bytes do not hold ${count} symbols of 4 bits`);
+    const low = new Uint8Array(count);
+    for (let i = 0; i < low.length; i++) low[i] = (raw[i >> 1] >> (4 * (i & 1))) & 15;
+    if (bits === 4) return low;
+    const above = symbols(tensors, bits - 4);
+    return low.map((symbol, i) => symbol | (above[i] << 4));
+  }
+  if (raw.length % bits) throw new Error(`${raw.length} bytes do not hold symbols of ${bits} bits`);
+  return bits > 5 ? spread(raw, bits) : parts(raw, bits);
+}
+
+/** Widths up to 5 lie in parts of 4, 2 and 1 bits, the lowest first. */
+function parts(bytes, bits) {
+  const unit = bytes.length / bits;
   const out = new Uint8Array(8 * unit);
   for (let width = 4, low = 0; width; width >>= 1) {
     if (!(bits & width)) continue;
@@ -170,7 +189,19 @@ function symbols(bytes, bits, count) {
     }
     low += width;
   }
-  return out.subarray(0, count);
+  return out;
+}
+
+/** Symbols of 6 and 7 bits lie in the low bits of bytes; the bits above them make the last symbols. */
+function spread(bytes, bits) {
+  const [width, rows] = [8 - bits, bits / (8 - bits)];
+  const row = bytes.length / rows;
+  const out = new Uint8Array(bytes.length + row);
+  for (let i = 0; i < bytes.length; i++) {
+    out[i] = bytes[i] & (2 ** bits - 1);
+    out[bytes.length + (i % row)] |= (bytes[i] >> bits) << (width * Math.floor(i / row));
+  }
+  return out;
 }
 
 /** An initializer: its dims, ONNX type, bytes, and the bits of its elements. */
@@ -180,8 +211,9 @@ function tensor(field) {
   if (all.some((f) => f.number === TENSOR.location && f.value === 1)) throw new Error("an operand lies in another file");
   const type = all.find((f) => f.number === TENSOR.type)?.value;
   const raw = all.find((f) => f.number === TENSOR.raw)?.body ?? new Uint8Array(0);
-  if (!(type in ARRAYS)) throw new Error(`an operand of type ${type}`);
   const dims = integers(all, TENSOR.dims);
+  if (type === UINT4) return { type, dims, raw };
+  if (!(type in ARRAYS)) throw new Error(`an operand of type ${type}`);
   const array = new ARRAYS[type](raw.slice().buffer); // a copy is aligned
   if (dims.reduce((a, b) => a * b, 1) !== array.length) throw new Error(`an operand of ${array.length} elements has shape ${dims}`);
   return { dims, type, raw, array };

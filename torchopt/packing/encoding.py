@@ -1,0 +1,163 @@
+"""One tensor as few bytes: where its nonzeros are, what their codes are, and which values the codes stand for.
+
+    positions   "all"      every element has a code
+                "mask"     one bit an element
+                "gaps"     symbols of g bits between the nonzeros
+    values      "table"    code → value, one table a tensor; rare high bits of the codes may lie apart, as positions (planes)
+                "channel"  code → value, one table an output channel
+                "one"      all nonzeros have one value, so they need no codes
+                "raw"      the nonzero values themselves
+
+An encoding is a choice of the two, a code width b and a gap width g; all of them are lossless on the bits of the values (NaN
+payloads and −0.0 included: "zero" means all bits zero).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from torchopt.packing.bits import from_parts, histogram, stream_bytes, translated
+from torchopt.packing.planes import Plane, merged, planes_bytes
+from torchopt.packing.positions import from_gaps
+
+CONSTANT_AT_MOST = 1 << 20  # bytes of a constant tensor kept as one value: a small file never claims a huge tensor
+CHUNK = 1 << 18  # elements translated at a time: temporaries stay small and in cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """A tensor in packed form.
+
+    Attributes:
+        positions: "all", "mask" or "gaps".
+        values: "table", "channel", "one" or "raw".
+        shape: of the dense tensor.
+        dtype: of the dense tensor.
+        code_bits: width of a code; 0 for "one" and "raw".
+        gap_bits: width of a gap symbol; 0 unless positions are gaps.
+        codes: (k,) uint8, unpacked; empty for "one" and "raw".
+        where: the mask as bytes, one bit an element, or the gap symbols (unpacked, uint8), or None.
+        table: the values that codes stand for: (K,), (channels, K), or the nonzeros in order for "raw".
+        planes: bits of the codes above the `code_bits` of `codes`, the lowest first, as (gap width, gap symbols).
+    """
+
+    positions: str
+    values: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    code_bits: int
+    gap_bits: int
+    codes: np.ndarray = field(repr=False)
+    where: np.ndarray | None = field(repr=False)
+    table: np.ndarray = field(repr=False)
+    planes: tuple[Plane, ...] = field(default=(), repr=False)
+
+    @property
+    def name(self) -> str:
+        """The codec in a few letters: "gaps3+table4" is three-bit gaps and four-bit codes; "table5+3" has three rare bits more."""
+        where = {"all": "", "mask": "mask+", "gaps": f"gaps{self.gap_bits}+"}[self.positions]
+        return f"{where}{self.values}{self.code_bits or ''}{f'+{len(self.planes)}' if self.planes else ''}"
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of codes, positions and table."""
+        where = 0
+        if self.where is not None:
+            where = len(self.where) if self.positions == "mask" else stream_bytes(len(self.where), self.gap_bits)
+        codes = stream_bytes(len(self.codes) + self.has_zero, self.code_bits) + planes_bytes(self.planes) if self.code_bits else 0
+        return where + codes + self.table.nbytes + self.has_zero * self.dtype.itemsize
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether the decoder finds the zero, which is no nonzero's value, in the table: where a code is left for it."""
+        return self.positions != "all" and (self.code_bits == 0 or len(self.table) < 2**self.code_bits)
+
+    def nonzeros(self) -> int:
+        """How many nonzeros the positions tell."""
+        assert self.where is not None
+        if self.positions == "gaps":
+            return int(np.count_nonzero(self.where != 2**self.gap_bits - 1))
+        return int(np.unpackbits(self.where).sum())
+
+    def whole_codes(self) -> np.ndarray:
+        """The codes with the bits that lie apart.
+
+        Raises:
+            ValueError: a plane does not span the codes.
+        """
+        return merged(self.codes, self.code_bits, self.planes) if self.planes else self.codes
+
+
+def decode(encoding: Encoding) -> np.ndarray:
+    """Return the dense tensor, bit for bit.
+
+    Raises:
+        ValueError: the parts of the encoding contradict one another, as in a damaged file.
+        IndexError: a code has no entry in the table.
+
+    Example:
+        >>> from torchopt.packing import encode
+        >>> w = np.tile(np.array([0, 0, 0, 0.5], np.float32), 256)
+        >>> np.array_equal(decode(encode(w)), w)
+        True
+    """
+    count, table = math.prod(encoding.shape), encoding.table
+    if min(encoding.shape, default=0) < 0:
+        raise ValueError(f"shape {encoding.shape}")
+    if encoding.positions == "all" and encoding.values == "one":
+        if count * table.itemsize > CONSTANT_AT_MOST:
+            raise ValueError(f"a constant of {count} elements")
+        return np.full(encoding.shape, table[0])
+    if encoding.values == "channel":
+        channels = len(table)
+        if count != len(encoding.codes) or channels == 0 or count % channels:
+            raise ValueError(f"{len(encoding.codes)} codes in {channels} channels for {count} elements")
+        rows = encoding.codes.reshape(channels, -1)
+        return np.stack([_translate(row, values) for row, values in zip(rows, table, strict=True)]).reshape(encoding.shape)
+    if encoding.positions == "all":
+        return _translate(encoding.whole_codes(), table).reshape(encoding.shape)
+    kept = _kept(encoding, count)
+    dense = np.zeros(count, dtype=table.dtype)
+    if encoding.values == "one":
+        dense[kept] = table[0]
+        return dense.reshape(encoding.shape)
+    nonzeros = _translate(encoding.codes, table) if encoding.code_bits else table
+    if len(nonzeros) != len(kept):
+        raise ValueError(f"{len(nonzeros)} values for {len(kept)} nonzeros")
+    dense[kept] = nonzeros
+    return dense.reshape(encoding.shape)
+
+
+def entropy_bytes(value: np.ndarray, encoding: Encoding) -> int:
+    """Return the order-0 entropy bound of the values' codes (zero is a value too), plus the bytes of their table."""
+    if encoding.values in ("table", "one"):
+        codes = encoding.whole_codes()
+        counts = histogram(codes) if encoding.code_bits else np.array([value.size if encoding.where is None else 0])
+        if encoding.where is not None:
+            nonzeros = len(encoding.codes) if encoding.code_bits else int(np.count_nonzero(value))
+            counts = np.append(counts if encoding.code_bits else [nonzeros], value.size - nonzeros)
+        counts = counts[counts > 0]
+    else:
+        counts = np.unique(value.reshape(-1).view(f"u{value.dtype.itemsize}"), return_counts=True)[1]
+    share = counts / counts.sum()
+    return math.ceil(value.size * float(-(share * np.log2(share)).sum()) / 8) + len(counts) * value.dtype.itemsize
+
+
+def _translate(codes: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """table[codes], a piece at a time: numpy widens the indices to eight bytes."""
+    if table.itemsize == 1:
+        return translated(codes, table)
+    out = np.empty(len(codes), dtype=table.dtype)
+    for start in range(0, len(codes), CHUNK):
+        out[start : start + CHUNK] = table[codes[start : start + CHUNK]]
+    return out
+
+
+def _kept(encoding: Encoding, count: int) -> np.ndarray:
+    assert encoding.where is not None
+    if encoding.positions == "mask":
+        return np.flatnonzero(from_parts(encoding.where[None, :], count))
+    return from_gaps(encoding.where, encoding.gap_bits, count)
