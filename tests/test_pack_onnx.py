@@ -69,8 +69,12 @@ def every(kind: str) -> np.ndarray:
     if kind in BELLS:
         degrees, width, shape = BELLS[kind]
         return np.round(rng.standard_t(degrees, shape) * width).clip(-128, 127).astype(np.int8)
-    if kind.startswith("c"):
-        return (rng.integers(0, 2 ** int(kind[1]), (64, 400)) * rng.random((64, 1)) + 1).astype(np.float32)
+    if "c" in kind:
+        rows = 63 if kind[0] == "u" else 64  # in groups of 16 for "mc", which then share a table
+        codes = rng.integers(0, 2 ** int(kind[-1]) - (kind[0] != "c"), (rows, 401))
+        kept = rng.random(codes.shape) >= {"c": 0, "g": 0.8}.get(kind[0], 0.5)
+        group = 16 if kind.startswith("mc") else 1
+        return (kept * (codes + 1) * rng.random((rows // group, 1)).repeat(group, axis=0)).astype(np.float32)
     sparsity, values, shape = EVERY[kind]
     w = rng.choice(rng.standard_normal(values - (sparsity > 0)), size=shape).astype(np.float32)
     w[rng.random(shape) < sparsity] = 0
@@ -78,7 +82,7 @@ def every(kind: str) -> np.ndarray:
 
 
 # UINT4, of opset 21, may end at any size
-KINDS_AND_OPSETS = [(kind, opset) for kind in (*EVERY, *BELLS, "c2", "c4") for opset in (18, 21)]
+KINDS_AND_OPSETS = [(kind, opset) for kind in (*EVERY, *BELLS, "c2", "c4", "mc4", "mc3", "g3c4", "umc5") for opset in (18, 21)]
 
 
 @pytest.mark.parametrize(("kind", "opset"), [case for case in KINDS_AND_OPSETS if case != ("ut4", 21)])

@@ -93,3 +93,14 @@ def test_sparse_random_weights_keep_their_values_raw():
     assert encoding is not None
     assert encoding.name == "mask+raw"
     assert encoding.payload_bytes == math.ceil(10_000 / 8) + 4 * int((w != 0).sum()) + 4
+
+
+@pytest.mark.parametrize(("rows", "group", "tables"), [(64, 16, 4), (48, 16, 3), (50, 10, 5), (63, 9, 7), (64, 1, 64)])
+def test_neighbouring_channels_share_a_table_where_the_codes_get_no_wider(rows, group, tables):
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal((rows // group, 16))
+    w = np.stack([rng.choice(base[row // group], 300) for row in range(rows)]).astype(np.float32)
+    encoding = encode(w)
+    assert encoding is not None
+    assert (encoding.name, encoding.table.shape) == ("channel4", (tables, 16))
+    np.testing.assert_array_equal(decode(encoding), w)

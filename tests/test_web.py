@@ -101,6 +101,8 @@ def constants() -> dict[str, np.ndarray]:
     found["half"] = drawn(0.5, 16, np.float16, 1)
     rng = np.random.default_rng(2)
     found["channels"] = (rng.integers(0, 4, (96, 96)) + rng.random((96, 1))).astype(np.float32)
+    found["groups"] = (rng.integers(0, 4, (96, 96)) + rng.random((12, 1)).repeat(8, axis=0)).astype(np.float32)
+    found["sparse channels"] = found["groups"] * (rng.random((96, 96)) < 0.4)
     found["bell"] = np.round(rng.standard_t(2, (96, 96)) * 3).clip(-128, 127).astype(np.int8)
     found["constant"] = np.full((96, 96), 0.25, np.float32)
     found["näme"] = drawn(0.9, 8, np.float32, 3)
@@ -142,7 +144,7 @@ def test_P7_unpack_in_javascript_gives_the_dense_bits_of_every_codec(tmp_path, o
     if opset == 18:
         opset_18(tmp_path / "a.onnx")
     codecs = {row.codec for row in pack(tmp_path / "a.onnx", tmp_path / "b.onnx").rows}
-    assert {"table4", "channel2", "one", "mask+raw", "table7", "table4+3"} <= codecs, codecs
+    assert {"table4", "channel2", "one", "mask+raw", "table7", "table4+3", "mask+channel3"} <= codecs, codecs
     assert any(c.startswith("gaps") and c.endswith("+one") for c in codecs)
     done = unpack_in_node(tmp_path / "b.onnx", tmp_path / "c.onnx")
     assert (done.returncode, done.stdout) == (0, "true false\n"), done.stderr

@@ -5,6 +5,7 @@ that the arrays alone do not tell: d the dense shape, p the number of gap symbol
 
 The running index of the nonzeros starts at 1, and 0 means zero. So the zero is stored with the nonzeros: before raw ones and before the
 one value, else as the table's last entry, whose code precedes the others; where all codes are taken, the decoder adds it ("T").
+Tables a channel have it as their first entry.
 """
 
 from __future__ import annotations
@@ -75,16 +76,17 @@ def replace(model: ir.Model, value: ir.Value, encoding: Encoding, opset: int, na
 
 def _arrays(encoding: Encoding, four: bool) -> Iterator[ir.TensorProtocol]:
     """The constants of a call, in the order of the function's inputs: codes, where, planes, table."""
-    table = encoding.table
-    zero = np.zeros(1, table.dtype)
+    table, codes, zero = encoding.table, encoding.codes, np.zeros(1, encoding.table.dtype)
+    if encoding.positions != "all" and not encoding.full:
+        if encoding.values == "table":
+            codes, table = np.append(np.full(1, len(table), np.uint8), codes), np.append(table, zero)
+        elif encoding.values == "channel":
+            codes = np.append(np.zeros(1, np.uint8), codes)
+        else:
+            table = np.append(zero, table)
     if encoding.code_bits:
-        codes = encoding.codes
-        if encoding.has_zero:  # its code comes first, and is the one after the last
-            codes, table = np.concatenate([[len(table)], codes]).astype(np.uint8), np.concatenate([table, zero])
-        rows = len(table) if encoding.values == "channel" else 0
+        rows = len(table) if encoding.values == "channel" and encoding.positions == "all" else 0
         yield from _stream(codes, encoding.code_bits, four, rows)
-    elif encoding.has_zero:
-        table = np.concatenate([zero, table])
     if encoding.positions == "mask" and encoding.where is not None:
         yield ir.tensor(encoding.where[None, :])
     elif encoding.where is not None:
@@ -150,17 +152,18 @@ def read_encoding(node: ir.Node) -> Encoding:
             table=table,
             planes=planes,
         ),
-        zero=kind[3] != "T" and bool(kind[1] or gap_bits),
+        full=kind[3] == "T",
     )
 
 
-def _trimmed(stored: Encoding, zero: bool) -> Encoding:
+def _trimmed(stored: Encoding, full: bool) -> Encoding:
     """Without what the decoder needs beside: the zero in the table, its code, and the symbols that fill a stream up."""
-    count = math.prod(stored.shape) if stored.positions == "all" else stored.nonzeros()
-    if not stored.code_bits:
-        return dataclasses.replace(stored, table=stored.table[1:] if zero else stored.table)
-    codes = stored.codes[zero : count + zero]
-    return dataclasses.replace(stored, codes=codes, table=stored.table[:-1] if zero else stored.table)
+    if stored.positions == "all":
+        return dataclasses.replace(stored, codes=stored.codes[: math.prod(stored.shape)])
+    first = 0 if full else 1
+    codes = stored.codes[first : stored.nonzeros() + first]
+    cut = {"raw": slice(1, None), "one": slice(1, None), "channel": slice(None), "table": slice(None, None if full else -1)}
+    return dataclasses.replace(stored, codes=codes, table=stored.table[cut[stored.values]])
 
 
 def _read(arrays: list[np.ndarray], bits: int) -> np.ndarray:

@@ -6,7 +6,7 @@ One function decodes all tensors of a kind, and calls smaller ones, so that a fi
     t5p2p4      rare high bits put into the codes               ScatterElements (add)
     mt4         a mask → running index → values                 CumSum, GatherElements
     g3t4        values scattered to the places                  ScatterElements
-    c4 o r      a table a channel; one value; raw nonzeros      as in `Encoding`
+    c4 o r      a table a channel; one value; raw nonzeros      as in `Encoding`; with positions, codes are placed before values
     s6, g3, p4  what these call: see `blocks`
 
 A letter u before says that the size is no multiple of eight (a cut more), T instead of t that all codes are taken, so that zero has
@@ -53,17 +53,20 @@ _ZERO = """
 _ZERO_FIRST = """
   values = Concat <axis = 0> (zero, nonzeros)
 """
+_NO_CODE = """
+  zero = Constant <value = uint8[1] {0}> ()
+"""
 _PICK = """
-  flat = GatherElements <axis = 0> (values, index)
+  placed = GatherElements <axis = 0> (values, index)
 """
 _SCATTER = """
   updates = GatherElements <axis = 0> (values, index)
   empty = Expand (zero, size)
-  flat = ScatterElements <axis = 0> (empty, place, updates)
+  placed = ScatterElements <axis = 0> (empty, place, updates)
 """
 _TABLE = """
-  index = Cast <to = 6> ({0})
-  flat = GatherElements <axis = {1}> (table, index)
+  code_index = Cast <to = 6> ({0})
+  flat = GatherElements <axis = {1}> (table, code_index)
 """
 _ROWS = """
   channels = Shape <end = 1> (table)
@@ -79,8 +82,7 @@ _END = """
 def function_name(encoding: Encoding, opset: int) -> str:
     """Return the short name of the function that decodes such an encoding; equal kinds share one."""
     where = {"all": "", "mask": "m", "gaps": f"g{encoding.gap_bits}"}[encoding.positions]
-    full = encoding.positions != "all" and not encoding.has_zero
-    values = encoding.values[0].upper() if full else encoding.values[0]
+    values = encoding.values[0].upper() if encoding.full else encoding.values[0]
     planes = "".join(f"p{width}" for width, _ in encoding.planes)
     return f"{'u' if _uneven(encoding, opset >= FOUR_BITS) else ''}{where}{values}{encoding.code_bits or ''}{planes}"
 
@@ -183,8 +185,8 @@ def _everywhere(text: _Text, encoding: Encoding) -> None:
 
 def _sparse(text: _Text, encoding: Encoding) -> None:
     """Nonzeros to their places: picked by a running index through the mask, or scattered to where the gaps lead."""
-    codes, gaps = "", encoding.positions == "gaps"
-    if encoding.code_bits == 4 and text.four:
+    codes, gaps, channel = "", encoding.positions == "gaps", encoding.values == "channel"
+    if encoding.code_bits == 4 and text.four and not channel:
         text.inputs.append("codes")
         codes = "codes"
     elif encoding.code_bits:
@@ -196,9 +198,13 @@ def _sparse(text: _Text, encoding: Encoding) -> None:
         flags = text.symbols("where", 1, "size" if _uneven(encoding, text.four) else None)
         text.body += f"real = Cast <to = 6> ({flags})"
     text.body += "index = Identity (real)" if encoding.values == "one" else _COUNTED
-    text.body += _CODED.format(codes) if codes else "nonzeros = Identity (table)"
-    text.body += _ZERO + ("values = Identity (nonzeros)" if encoding.has_zero else _ZERO_FIRST)
+    if channel:
+        text.body += f"values = Identity ({codes})" + _NO_CODE
+    else:
+        text.body += _CODED.format(codes) if codes else "nonzeros = Identity (table)"
+        text.body += _ZERO + (_ZERO_FIRST if encoding.full else "values = Identity (nonzeros)")
     text.body += _SCATTER if gaps else _PICK
+    text.body += _ROWS.format("placed") + _TABLE.format("code_rows", 1) if channel else "flat = Identity (placed)"
 
 
 def _called(text: str) -> Iterator[str]:

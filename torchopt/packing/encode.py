@@ -62,24 +62,23 @@ def _sparse(value: np.ndarray, bits: np.ndarray, found: tuple[np.ndarray, np.nda
     if found is not None and found[0][0] == 0:  # the values rise as unsigned integers, so zero has code 0
         inner = (found[0][1:], found[1][kept] - np.uint8(1))
     if inner is None:
-        values, table, codes, code_bits = "raw", bits[kept], np.empty(0, np.uint8), 8 * value.itemsize
+        yield _build(value, *_placed(bits, kept, "raw", bits[kept], np.empty(0, np.uint8)))
     elif len(inner[0]) == 1:
-        values, table, codes, code_bits = "one", inner[0], np.empty(0, np.uint8), 0
-    else:
-        values, table, codes, code_bits = "table", *inner, width(len(inner[0]) - 1)
-    if len(table):
-        positions, where, gap_bits = _places(bits, kept, code_bits)
-        yield _build(value, positions, values, table, codes, where, gap_bits)
+        yield _build(value, *_placed(bits, kept, "one", inner[0], np.empty(0, np.uint8)))
+    elif len(inner[0]):
+        yield _build(value, *_placed(bits, kept, "table", *inner))
 
 
-def _places(bits: np.ndarray, kept: np.ndarray, code_bits: int) -> tuple[str, np.ndarray, int]:
-    """The bitmask, or the gaps in their best width where they are clearly smaller, given the bits of a nonzero's code."""
+def _placed(
+    bits: np.ndarray, kept: np.ndarray, values: str, table: np.ndarray, codes: np.ndarray
+) -> tuple[str, str, np.ndarray, np.ndarray, np.ndarray, int]:
+    """Choose the bitmask, or the gaps in their best width where they are clearly smaller; the arguments of `_build` from there on."""
     if len(kept) < 0.45 * len(bits):  # with more nonzeros a bit an element is less than any gaps
-        width, size = best_gap_bits(kept, len(bits))
-        codes = len(kept) * code_bits // 8
-        if size + codes < GAPS_AT_MOST * (len(bits) // 8 + codes):
-            return "gaps", gaps(kept, width, len(bits)), width
-    return "mask", to_parts(bits != 0, 1)[0], 0
+        gap_bits, size = best_gap_bits(kept, len(bits))
+        coded = table.nbytes if values == "raw" else len(codes) * width(table.shape[-1] - 1) // 8
+        if size + coded < GAPS_AT_MOST * (len(bits) // 8 + coded):
+            return "gaps", values, table, codes, gaps(kept, gap_bits, len(bits)), gap_bits
+    return "mask", values, table, codes, to_parts(bits != 0, 1)[0], 0
 
 
 def _patched(value: np.ndarray, bits: np.ndarray, values: np.ndarray, codes: np.ndarray) -> Iterator[Encoding]:
@@ -129,7 +128,7 @@ def _codes(values: np.ndarray, bits: np.ndarray) -> np.ndarray:
 
 
 def _per_channel(value: np.ndarray, bits: np.ndarray, distinct: int) -> Iterator[Encoding]:
-    """One table an output channel, where each channel has fewer values than the tensor's `distinct`."""
+    """A table for each output channel, or for each group of neighbours, where that has fewer values than the tensor's `distinct`."""
     if value.ndim < 2 or value.shape[0] < 2:
         return
     rows = bits.reshape(value.shape[0], -1)
@@ -137,12 +136,36 @@ def _per_channel(value: np.ndarray, bits: np.ndarray, distinct: int) -> Iterator
     if rows.shape[1] < 2 or first > rows.shape[1] // 2 or (first > distinct // 2 and width(first - 1) >= width(distinct - 1)):
         return
     tables = [np.unique(row) for row in rows]
-    most = max(map(len, tables))
-    if most > min(TABLE_AT_MOST, rows.shape[1]):
+    if max(map(len, tables)) > min(TABLE_AT_MOST, rows.shape[1]):
         return
-    table = np.stack([np.concatenate([t, np.full(most - len(t), t[-1])]) for t in tables])
-    codes = np.concatenate([_codes(t, row) for t, row in zip(tables, rows, strict=True)])
-    yield _build(value, "all", "channel", table, codes)
+    yield _build(value, "all", "channel", *_coded_rows(bits, _grouped(tables)))
+    kept = np.flatnonzero(bits != 0)
+    with_zero = [t if t[0] == 0 else np.append(t[:0], [0, *t]).astype(t.dtype) for t in tables]
+    if len(kept) < 0.9 * bits.size and max(map(len, with_zero)) <= TABLE_AT_MOST:
+        table, codes = _coded_rows(bits, _grouped(with_zero))  # zero is the least of the values, so has code 0 in every table
+        yield _build(value, *_placed(bits, kept, "channel", table, codes[kept]))
+
+
+def _grouped(tables: list[np.ndarray]) -> list[np.ndarray]:
+    """Join the tables of as many neighbours as can share one without wider codes, in groups of equal size."""
+    most = 2 ** width(max(map(len, tables)) - 1)
+    for size in (g for g in range(len(tables), 1, -1) if len(tables) % g == 0):
+        joined = []
+        for start in range(0, len(tables), size):
+            joined.append(np.unique(np.concatenate(tables[start : start + size])))
+            if len(joined[-1]) > most:
+                break
+        else:
+            return joined
+    return tables
+
+
+def _coded_rows(bits: np.ndarray, tables: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return (the tables as one array, the codes of all elements), each table serving an equal share of the elements."""
+    most = max(map(len, tables))
+    table = np.stack([np.append(t, np.full(most - len(t), t[-1])) for t in tables])
+    shares = bits.reshape(len(tables), -1)
+    return table, np.concatenate([_codes(t, share) for t, share in zip(tables, shares, strict=True)])
 
 
 def _build(

@@ -4,7 +4,7 @@
                 "mask"     one bit an element
                 "gaps"     symbols of g bits between the nonzeros
     values      "table"    code → value, one table a tensor; rare high bits of the codes may lie apart, as positions (planes)
-                "channel"  code → value, one table an output channel
+                "channel"  code → value, one table for each output channel or for each group of neighbouring ones
                 "one"      all nonzeros have one value, so they need no codes
                 "raw"      the nonzero values themselves
 
@@ -40,7 +40,8 @@ class Encoding:
         gap_bits: width of a gap symbol; 0 unless positions are gaps.
         codes: (k,) uint8, unpacked; empty for "one" and "raw".
         where: the mask as bytes, one bit an element, or the gap symbols (unpacked, uint8), or None.
-        table: the values that codes stand for: (K,), (channels, K), or the nonzeros in order for "raw".
+        table: the values that codes stand for: (K,), (groups of channels, K), or the nonzeros in order for "raw". With positions,
+            the zero is in the tables a channel, under code 0, and in no other.
         planes: bits of the codes above the `code_bits` of `codes`, the lowest first, as (gap width, gap symbols).
     """
 
@@ -67,13 +68,14 @@ class Encoding:
         where = 0
         if self.where is not None:
             where = len(self.where) if self.positions == "mask" else stream_bytes(len(self.where), self.gap_bits)
-        codes = stream_bytes(len(self.codes) + self.has_zero, self.code_bits) + planes_bytes(self.planes) if self.code_bits else 0
-        return where + codes + self.table.nbytes + self.has_zero * self.dtype.itemsize
+        zero = self.positions != "all" and not self.full
+        codes = stream_bytes(len(self.codes) + zero, self.code_bits) + planes_bytes(self.planes) if self.code_bits else 0
+        return where + codes + self.table.nbytes + zero * (self.values != "channel") * self.dtype.itemsize
 
     @property
-    def has_zero(self) -> bool:
-        """Whether the decoder finds the zero, which is no nonzero's value, in the table: where a code is left for it."""
-        return self.positions != "all" and (self.code_bits == 0 or len(self.table) < 2**self.code_bits)
+    def full(self) -> bool:
+        """Whether all codes are taken by nonzeros, so that none is left for the zero."""
+        return self.positions != "all" and self.values == "table" and len(self.table) == 2**self.code_bits
 
     def nonzeros(self) -> int:
         """How many nonzeros the positions tell."""
@@ -111,24 +113,16 @@ def decode(encoding: Encoding) -> np.ndarray:
         if count * table.itemsize > CONSTANT_AT_MOST:
             raise ValueError(f"a constant of {count} elements")
         return np.full(encoding.shape, table[0])
-    if encoding.values == "channel":
-        channels = len(table)
-        if count != len(encoding.codes) or channels == 0 or count % channels:
-            raise ValueError(f"{len(encoding.codes)} codes in {channels} channels for {count} elements")
-        rows = encoding.codes.reshape(channels, -1)
-        return np.stack([_translate(row, values) for row, values in zip(rows, table, strict=True)]).reshape(encoding.shape)
     if encoding.positions == "all":
-        return _translate(encoding.whole_codes(), table).reshape(encoding.shape)
+        return _translated_rows(encoding.whole_codes(), encoding).reshape(encoding.shape)
     kept = _kept(encoding, count)
-    dense = np.zeros(count, dtype=table.dtype)
+    if encoding.values == "raw":
+        return _scattered(kept, table, count).reshape(encoding.shape)
     if encoding.values == "one":
-        dense[kept] = table[0]
-        return dense.reshape(encoding.shape)
-    nonzeros = _translate(encoding.codes, table) if encoding.code_bits else table
-    if len(nonzeros) != len(kept):
-        raise ValueError(f"{len(nonzeros)} values for {len(kept)} nonzeros")
-    dense[kept] = nonzeros
-    return dense.reshape(encoding.shape)
+        return _scattered(kept, np.full(len(kept), table[0]), count).reshape(encoding.shape)
+    if encoding.values == "channel":
+        return _translated_rows(_scattered(kept, encoding.codes, count), encoding).reshape(encoding.shape)
+    return _scattered(kept, _translate(encoding.codes, table), count).reshape(encoding.shape)
 
 
 def entropy_bytes(value: np.ndarray, encoding: Encoding) -> int:
@@ -154,6 +148,24 @@ def _translate(codes: np.ndarray, table: np.ndarray) -> np.ndarray:
     for start in range(0, len(codes), CHUNK):
         out[start : start + CHUNK] = table[codes[start : start + CHUNK]]
     return out
+
+
+def _translated_rows(codes: np.ndarray, encoding: Encoding) -> np.ndarray:
+    """The values of the codes of all elements."""
+    count, table = math.prod(encoding.shape), encoding.table
+    channels = len(table) if encoding.values == "channel" else 1
+    if count != len(codes) or channels == 0 or count % channels:
+        raise ValueError(f"{len(codes)} codes in {channels} channels for {count} elements")
+    rows = zip(codes.reshape(channels, -1), table.reshape(channels, -1), strict=True)
+    return np.concatenate([_translate(row, values) for row, values in rows])
+
+
+def _scattered(kept: np.ndarray, nonzeros: np.ndarray, count: int) -> np.ndarray:
+    if len(nonzeros) != len(kept):
+        raise ValueError(f"{len(nonzeros)} values for {len(kept)} nonzeros")
+    dense = np.zeros(count, dtype=nonzeros.dtype)
+    dense[kept] = nonzeros
+    return dense
 
 
 def _kept(encoding: Encoding, count: int) -> np.ndarray:

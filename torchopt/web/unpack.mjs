@@ -114,13 +114,14 @@ function everywhere(values, codes, table, count) {
 function sparse(where, gapBits, values, codes, table, count) {
   const places = gapBits ? gapPlaces(where, gapBits, count) : maskPlaces(where);
   const first = values === "T" ? 0 : 1;
-  const nonzeros = codes ? translated(codes.subarray(first, places.length + first), table.array, 1) : table.array.subarray(1);
+  const kept = codes?.subarray(first, places.length + first);
+  const nonzeros = values === "c" ? kept : codes ? translated(kept, table.array, 1) : table.array.subarray(1);
   if (where.length < count && !gapBits) throw new Error(`a mask of ${where.length} bits for ${count} elements`);
   if (values !== "o" && nonzeros.length !== places.length) throw new Error(`${nonzeros.length} values for ${places.length} nonzeros`);
-  const out = new table.array.constructor(count);
+  const out = values === "c" ? new Uint8Array(count) : new table.array.constructor(count);
   if (values === "o") for (let i = 0; i < places.length; i++) out[places[i]] = nonzeros[0];
   else for (let i = 0; i < places.length; i++) out[places[i]] = nonzeros[i];
-  return out;
+  return values === "c" ? translated(out, table.array, table.dims[0]) : out;
 }
 
 function maskPlaces(flags) {
