@@ -82,7 +82,10 @@ def every(kind: str) -> np.ndarray:
 
 
 # UINT4, of opset 21, may end at any size
-KINDS_AND_OPSETS = [(kind, opset) for kind in (*EVERY, *BELLS, "c2", "c4", "mc4", "mc3", "g3c4", "umc5") for opset in (18, 21)]
+CHANNELS = ("c2", "c4", "mc4", "mc3", "g3c4", "umc5")
+KINDS_AND_OPSETS = [
+    (kind, opset) for kind in (*EVERY, *BELLS, *CHANNELS) for opset in (12, 18, 21) if opset > 12 or kind not in BELLS
+]
 
 
 @pytest.mark.parametrize(("kind", "opset"), [case for case in KINDS_AND_OPSETS if case != ("ut4", 21)])
@@ -154,11 +157,65 @@ def test_decode_initializers_multiplies_by_the_scale(tmp_path):
     np.testing.assert_array_equal(decode_initializers(tmp_path / "b.onnx")["w"], w.astype(np.float32) * np.float32(0.1))
 
 
-def test_old_opset_is_refused(tmp_path):
-    write(tmp_path / "a.onnx", weight(0.8, 16), opset=17)
-    with pytest.raises(torchopt.ModelError, match="pack: the model has opset 17; convert it to 18 or later"):
+@pytest.mark.parametrize("dtype", ["float16", "float64", "int32", "uint8"])
+@pytest.mark.parametrize("kind", ["t4", "mt4", "mT4", "g3t4", "g6o", "mc4"])
+def test_P7_every_type_of_weights(tmp_path, kind, dtype):
+    w = every(kind) * 40 if dtype in ("int32", "uint8") else every(kind)
+    w = w.astype(helper.tensor_dtype_to_np_dtype(getattr(TensorProto, {"float64": "DOUBLE"}.get(dtype, dtype.upper()))))
+    nodes = [helper.make_node("Cast", ["w"], ["f"], to=TensorProto.FLOAT), helper.make_node("MatMul", ["x", "f"], ["y"])]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", w.shape[0]])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", w.shape[1]])
+    graph = helper.make_graph(nodes, "g", [x], [y], [numpy_helper.from_array(w, "w")])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "a.onnx")
+    assert len(pack(tmp_path / "a.onnx", tmp_path / "b.onnx").rows) == 1
+    np.testing.assert_array_equal(run(tmp_path / "b.onnx", tmp_path / "o.onnx"), run(tmp_path / "a.onnx"))
+    assert {node.op_type for node in onnx.load(tmp_path / "o.onnx").graph.node} <= {"MatMul", "Cast"}
+    unpack(tmp_path / "b.onnx", tmp_path / "c.onnx")
+    back = numpy_helper.to_array(onnx.load(tmp_path / "c.onnx").graph.initializer[0])
+    assert (back.dtype, back.tobytes()) == (w.dtype, w.tobytes())
+
+
+@pytest.mark.parametrize("opset", [11, 30])
+def test_opsets_that_cannot_decode_are_refused(tmp_path, opset):
+    write(tmp_path / "a.onnx", weight(0.8, 16), opset=opset)
+    with pytest.raises(torchopt.ModelError, match=f"pack: the model has opset {opset}; convert it to one of 12 to [0-9]+"):
         pack(tmp_path / "a.onnx", tmp_path / "b.onnx")
     assert not (tmp_path / "b.onnx").exists()
+
+
+def test_P7_what_stays_dense_and_why(tmp_path):
+    """One weight of each reason; a large Constant node is packed like an initializer."""
+    w = weight(0.8, 16)
+    inner = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "inner"], ["then"])],
+        "g",
+        [],
+        [helper.make_tensor_value_info("then", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(w, "inner")],
+    )
+    nodes = [helper.make_node("Constant", [], ["constant"], value=numpy_helper.from_array(w))]
+    nodes += [helper.make_node("If", ["flag"], ["branch"], then_branch=inner, else_branch=inner)]
+    nodes += [helper.make_node("DequantizeLinear", ["four", "scale"], ["f"])]
+    nodes += [helper.make_node("MatMul", ["x", n], [f"y{n}"]) for n in ("constant", "given", "shown", "noise", "f")]
+    nodes += [helper.make_node("Sum", ["branch", *(f"y{n}" for n in ("constant", "given", "shown", "noise", "f"))], ["y"])]
+    values = {name: w for name in ("given", "shown", "unread")} | {"flag": np.array(True), "scale": np.float32(1)}
+    values |= {"noise": np.random.default_rng(0).standard_normal(w.shape).astype(np.float32)}
+    values |= {"four": (np.arange(w.size).reshape(w.shape) % 5).astype(helper.tensor_dtype_to_np_dtype(TensorProto.INT4))}
+    given = helper.make_tensor_value_info("given", TensorProto.FLOAT, w.shape)
+    constants = [numpy_helper.from_array(value, name) for name, value in values.items()]
+    graph_of(tmp_path / "a.onnx", nodes, constants, [given], ("y", "shown"))
+    report = pack(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    assert [row.name for row in report.rows] == ["constant"]
+    assert {entry.name: entry.reason for entry in report.left} == {
+        "inner": "inside a subgraph or a function",
+        "given": "inputs of the model too, which a caller may replace",
+        "shown": "outputs of the model too",
+        "noise": "no smaller form",
+        "four": "of type int4",
+        "unread": "read by no node",
+    }
+    assert "left dense: 1 of 49,152 bytes: no smaller form" in str(report)
+    np.testing.assert_array_equal(run(tmp_path / "a.onnx"), run(tmp_path / "b.onnx"))
 
 
 def test_missing_file(tmp_path):

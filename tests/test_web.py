@@ -99,6 +99,7 @@ def constants() -> dict[str, np.ndarray]:
     found = {f"float {k}": drawn(*v, np.float32, i) for i, (k, v) in enumerate(KINDS.items())}
     found |= {f"int8 {k}": drawn(*v, np.int8, i) for i, (k, v) in enumerate(KINDS.items()) if v[1] <= 255}
     found["half"] = drawn(0.5, 16, np.float16, 1)
+    found["double"] = drawn(0.9, 16, np.float64, 4)
     rng = np.random.default_rng(2)
     found["channels"] = (rng.integers(0, 4, (96, 96)) + rng.random((96, 1))).astype(np.float32)
     found["groups"] = (rng.integers(0, 4, (96, 96)) + rng.random((12, 1)).repeat(8, axis=0)).astype(np.float32)

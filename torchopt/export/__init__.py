@@ -2,6 +2,7 @@
 
 from torchopt.export.export import ExportResult, export
 from torchopt.export.ort_format import OrtFiles, to_ort
-from torchopt.export.pack import PackReport, decode_initializers, pack, unpack
+from torchopt.export.pack import decode_initializers, pack, unpack
+from torchopt.export.pack_report import PackReport
 
 __all__ = ["ExportResult", "OrtFiles", "PackReport", "decode_initializers", "export", "pack", "to_ort", "unpack"]

@@ -2,7 +2,7 @@
 
 They are written in ONNX's text form. With opset 21 a part of four bits is a UINT4 tensor, which one Cast turns into bytes; before, it
 is unpacked like the parts of two bits and one (torchopt/packing/bits.py). The last of the symbols of 6 and 7 bits, whose bits lie above
-the others, come out of one MatMulInteger with the powers of two.
+the others, come out of one MatMulInteger with the powers of two. Before opset 18 there are no bitwise operators: Mod masks, Add joins.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from __future__ import annotations
 from torchopt.packing import parts
 
 FOUR_BITS = 21  # the opset of UINT4
+BITWISE = 18  # of BitwiseAnd and BitwiseOr
+ADDS_AT_PLACES = 16  # of ScatterElements with a reduction
 
 _ROW_OF_BYTES = """
   line = Constant <value_ints = [1, -1]> ()
   row = Reshape (bytes, line)
   shifts = Constant <value = uint8[{slots}, 1] {{{shifts}}}> ()
   shifted = BitShift <direction = "RIGHT"> (row, shifts)
-  ones = Constant <value = uint8 {{{ones}}}> ()
-  bits = BitwiseAnd (shifted, ones)
+  mask = Constant <value = uint8 {{{mask}}}> ()
+  bits = {masked} (shifted, mask)
   flat = Constant <value_ints = [-1]> ()
   symbols = Reshape (bits, flat)
 """
@@ -33,7 +35,7 @@ _SPREAD = """
   rows_shape = Constant <value_ints = [{rows}, -1]> ()
   rows = Reshape (bytes, rows_shape)
   mask = Constant <value = uint8 {{{mask}}}> ()
-  low = BitwiseAnd (rows, mask)
+  low = {masked} (rows, mask)
   shift = Constant <value = uint8 {{{bits}}}> ()
   above = BitShift <direction = "RIGHT"> (rows, shift)
   weights = Constant <value = uint8[1, {rows}] {{{weights}}}> ()
@@ -47,7 +49,15 @@ _JOINED = """
   above = torchopt.s{above} (rest)
   place = Constant <value = uint8 {{{low}}}> ()
   high = BitShift <direction = "LEFT"> (above, place)
+"""
+_OR = """
   symbols = BitwiseOr (low, high)
+"""
+_SUM = """
+  low_number = Cast <to = 6> (low)
+  high_number = Cast <to = 6> (high)
+  sum = Add (low_number, high_number)
+  symbols = Cast <to = 2> (sum)
 """
 CUT = """
   start = Constant <value_ints = [0]> ()
@@ -73,44 +83,44 @@ _PLANE = """
 """
 
 
-def block(name: str, four: bool) -> str:
+def block(name: str, opset: int) -> str:
     """Return head and body of the function with this name.
 
     Args:
         name: a letter and a width, as "s3".
-        four: the model has UINT4.
+        opset: of the model.
     """
     kind, bits = name[0], int(name[1:])
     if kind == "g":
         return f"(symbols) => (place, real) {{{_PLACES.format(2**bits - 1)}}}"
     if kind == "p":
         return f"<k> (codes, symbols) => (more) {{place, real = torchopt.g{bits} (symbols){_PLANE}}}"
-    return f"({'low, rest' if in_two(bits, four) else 'bytes'}) => (symbols) {{{_unpacked(bits, four)}}}"
+    return f"({'low, rest' if in_two(bits, opset) else 'bytes'}) => (symbols) {{{_unpacked(bits, opset)}}}"
 
 
-def in_two(bits: int, four: bool) -> bool:
+def in_two(bits: int, opset: int) -> bool:
     """Whether a stream of symbols is two tensors: the four-bit parts as UINT4, and the rest."""
-    return four and bits == 5
+    return opset >= FOUR_BITS and bits == 5
 
 
-def filled(bits: int, four: bool) -> bool:
+def filled(bits: int, opset: int) -> bool:
     """Whether a stream of symbols is filled up to a multiple of eight, so that its length has to be told."""
-    return bits != 8 and not (four and bits == 4)
+    return bits != 8 and not (opset >= FOUR_BITS and bits == 4)
 
 
-def inputs(name: str, bits: int, four: bool) -> list[str]:
+def inputs(name: str, bits: int, opset: int) -> list[str]:
     """Return the names of the tensors of a stream."""
-    return [name, f"{name}_rest"] if in_two(bits, four) else [name]
+    return [name, f"{name}_rest"] if in_two(bits, opset) else [name]
 
 
-def symbols(name: str, bits: int, four: bool) -> tuple[str, str]:
+def symbols(name: str, bits: int, opset: int) -> tuple[str, str]:
     """Return the steps that make uint8 symbols of a stream, and what they are called then.
 
     ORT takes no UINT4 for an operand of a function that another calls, so the Cast is the caller's.
     """
     if bits == 8:
         return "", name
-    if not four or bits not in (4, 5):
+    if opset < FOUR_BITS or bits not in (4, 5):
         return f"{name}_symbols = torchopt.s{bits} ({name})\n", f"{name}_symbols"
     low = f"{name}_low = Cast <to = 2> ({name})\n"
     if bits == 4:
@@ -118,15 +128,16 @@ def symbols(name: str, bits: int, four: bool) -> tuple[str, str]:
     return low + f"{name}_symbols = torchopt.s{bits} ({name}_low, {name}_rest)\n", f"{name}_symbols"
 
 
-def _unpacked(bits: int, four: bool) -> str:
+def _unpacked(bits: int, opset: int) -> str:
     """Bytes → symbols; the inverse of `torchopt.packing.to_parts`."""
+    masked, mask = ("BitwiseAnd", 2**bits - 1) if opset >= BITWISE else ("Mod", 2**bits)
     if bits > 5:
         rows, spare = bits // (8 - bits), 8 - bits
         weights = ", ".join(str(2 ** (spare * row)) for row in range(rows))
-        return _SPREAD.format(rows=rows, mask=2**bits - 1, bits=bits, weights=weights)
+        return _SPREAD.format(rows=rows, masked=masked, mask=mask, bits=bits, weights=weights)
     low = parts(bits)[0][0]
     if low == bits:
         shifts = ", ".join(str(bits * slot) for slot in range(8 // bits))
-        return _ROW_OF_BYTES.format(slots=8 // bits, shifts=shifts, ones=2**bits - 1)
-    first = "" if in_two(bits, four) else _TWO_ROWS.format(middle=low, last=bits)
-    return first + _JOINED.format(above=bits - low, low=low)
+        return _ROW_OF_BYTES.format(slots=8 // bits, shifts=shifts, masked=masked, mask=mask)
+    first = "" if in_two(bits, opset) else _TWO_ROWS.format(middle=low, last=bits)
+    return first + _JOINED.format(above=bits - low, low=low) + (_OR if opset >= BITWISE else _SUM)

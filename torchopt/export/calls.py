@@ -1,7 +1,7 @@
 """An encoding as a call of its decoder in the graph, and back: which arrays become constants, under which names.
 
 A call's inputs are the codes, the positions, the planes, and the table, as far as the encoding has them; its attributes are the sizes
-that the arrays alone do not tell: d the dense shape, p the number of gap symbols (p0, p1 … of the planes').
+that the arrays alone do not tell: d the dense shape, p the number of gap symbols (p0, p1 … of the planes'), t the type of a zero.
 
 The running index of the nonzeros starts at 1, and 0 means zero. So the zero is stored with the nonzeros: before raw ones and before the
 one value, else as the table's last entry, whose code precedes the others; where all codes are taken, the decoder adds it ("T").
@@ -63,8 +63,8 @@ def replace(model: ir.Model, value: ir.Value, encoding: Encoding, opset: int, na
         model.opset_imports[DOMAIN] = 1
     graph.initializers.pop(name)
     value.name = None
-    inputs = [names.constant(graph, data) for data in _arrays(encoding, opset >= FOUR_BITS)]
-    node = ir.Node(DOMAIN, kind, inputs, list(_attributes(encoding, opset >= FOUR_BITS)))
+    inputs = [names.constant(graph, data) for data in _arrays(encoding, opset)]
+    node = ir.Node(DOMAIN, kind, inputs, list(_attributes(encoding, opset)))
     output = node.outputs[0]
     output.name = name
     first = next(iter(graph))
@@ -74,7 +74,7 @@ def replace(model: ir.Model, value: ir.Value, encoding: Encoding, opset: int, na
         user.replace_input_with(index, output)
 
 
-def _arrays(encoding: Encoding, four: bool) -> Iterator[ir.TensorProtocol]:
+def _arrays(encoding: Encoding, opset: int) -> Iterator[ir.TensorProtocol]:
     """The constants of a call, in the order of the function's inputs: codes, where, planes, table."""
     table, codes, zero = encoding.table, encoding.codes, np.zeros(1, encoding.table.dtype)
     if encoding.positions != "all" and not encoding.full:
@@ -86,35 +86,37 @@ def _arrays(encoding: Encoding, four: bool) -> Iterator[ir.TensorProtocol]:
             table = np.append(zero, table)
     if encoding.code_bits:
         rows = len(table) if encoding.values == "channel" and encoding.positions == "all" else 0
-        yield from _stream(codes, encoding.code_bits, four, rows)
+        yield from _stream(codes, encoding.code_bits, opset, rows)
     if encoding.positions == "mask" and encoding.where is not None:
         yield ir.tensor(encoding.where[None, :])
     elif encoding.where is not None:
-        yield from _stream(encoding.where, encoding.gap_bits, four)
+        yield from _stream(encoding.where, encoding.gap_bits, opset)
     for bits, symbols in encoding.planes:
-        yield from _stream(symbols, bits, four)
+        yield from _stream(symbols, bits, opset)
     yield ir.tensor(table)
 
 
-def _stream(symbols: np.ndarray, bits: int, four: bool, rows: int = 0) -> Iterator[ir.TensorProtocol]:
+def _stream(symbols: np.ndarray, bits: int, opset: int, rows: int = 0) -> Iterator[ir.TensorProtocol]:
     if bits == 8:
         yield ir.tensor(symbols)
-    elif not four or bits not in (4, 5):
+    elif opset < FOUR_BITS or bits not in (4, 5):
         yield ir.tensor(to_parts(symbols, bits))
     else:
-        symbols = padded(symbols) if in_two(bits, four) else symbols
+        symbols = padded(symbols) if in_two(bits, opset) else symbols
         low = symbols & 15
         yield ir.tensor((low.reshape(rows, -1) if rows and bits == 4 else low).astype(ir.DataType.UINT4.numpy()))
         if bits == 5:
             yield ir.tensor(to_parts(symbols >> 4, 1))
 
 
-def _attributes(encoding: Encoding, four: bool) -> Iterator[ir.Attr]:
+def _attributes(encoding: Encoding, opset: int) -> Iterator[ir.Attr]:
     yield ir.AttrInt64s("d", encoding.shape)
-    if encoding.positions == "gaps" and encoding.where is not None and filled(encoding.gap_bits, four):
+    if encoding.positions == "gaps" and encoding.where is not None and filled(encoding.gap_bits, opset):
         yield ir.AttrInt64s("p", [len(encoding.where)])
+    if encoding.full:
+        yield ir.AttrInt64("t", int(ir.DataType.from_numpy(encoding.dtype)))
     for number, (bits, symbols) in enumerate(encoding.planes):
-        if filled(bits, four):
+        if filled(bits, opset):
             yield ir.AttrInt64s(f"p{number}", [len(symbols)])
 
 
@@ -128,7 +130,7 @@ def read_encoding(node: ir.Node) -> Encoding:
     if kind is None or not data or any(d is None for d in data):
         raise ValueError("an operand is no constant" if kind else f"kind {node.op_type!r}")
     arrays: list[np.ndarray] = [d.numpy() for d in data if d is not None]
-    ints = {key: list(attr.as_ints()) for key, attr in node.attributes.items()}
+    ints = {key: list(attr.as_ints()) for key, attr in node.attributes.items() if attr.type == ir.AttributeType.INTS}
     shape, gap_bits, code_bits = tuple(ints["d"]), int(kind[2] or 0), int(kind[4] or 0)
     table = arrays.pop()
     codes = _read(arrays, code_bits) if code_bits else np.empty(0, np.uint8)

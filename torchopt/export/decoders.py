@@ -25,11 +25,11 @@ import onnx
 import onnx_ir as ir
 from onnx import parser
 
-from torchopt.export.blocks import CUT, FOUR_BITS, block, filled, inputs, symbols
+from torchopt.export.blocks import ADDS_AT_PLACES, CUT, FOUR_BITS, block, filled, inputs, symbols
 from torchopt.packing import Encoding
 
 DOMAIN = "torchopt"
-_SIZES: dict[str, dict[str, int]] = {}  # bytes of the functions of a kind, by the name of the kind
+_SIZES: dict[tuple[str, int], dict[str, int]] = {}  # bytes of the functions of a kind, by the kind's name and the opset
 
 _SIZE = """
   shape = Constant <value_ints: ints = @d> ()
@@ -42,26 +42,22 @@ _COUNTED = """
 """
 _CODED = """
   codes_index = Cast <to = 6> ({0})
-  nonzeros = GatherElements <axis = 0> (table, codes_index)
-"""
-_ZERO = """
-  nothing = Constant <value_float = 0.0> ()
-  zero_value = CastLike (nothing, table)
-  one_zero = Constant <value_ints = [1]> ()
-  zero = Reshape (zero_value, one_zero)
+  {1} = GatherElements <axis = 0> (table, codes_index)
 """
 _ZERO_FIRST = """
+  nothing = Constant <value_floats = [0.0]> ()
+  zero = Cast <to: int = @t> (nothing)
   values = Concat <axis = 0> (zero, nonzeros)
-"""
-_NO_CODE = """
-  zero = Constant <value = uint8[1] {0}> ()
 """
 _PICK = """
   placed = GatherElements <axis = 0> (values, index)
 """
 _SCATTER = """
   updates = GatherElements <axis = 0> (values, index)
-  empty = Expand (zero, size)
+  first = Constant <value_ints = [0]> ()
+  second = Constant <value_ints = [1]> ()
+  blank = Slice (values, first, second)
+  empty = Expand (blank, size)
   placed = ScatterElements <axis = 0> (empty, place, updates)
 """
 _TABLE = """
@@ -69,7 +65,10 @@ _TABLE = """
   flat = GatherElements <axis = {1}> (table, code_index)
 """
 _ROWS = """
-  channels = Shape <end = 1> (table)
+  table_shape = Shape (table)
+  none = Constant <value_ints = [0]> ()
+  one = Constant <value_ints = [1]> ()
+  channels = Slice (table_shape, none, one)
   others = Constant <value_ints = [-1]> ()
   rows_shape = Concat <axis = 0> (channels, others)
   code_rows = Reshape ({0}, rows_shape)
@@ -84,7 +83,7 @@ def function_name(encoding: Encoding, opset: int) -> str:
     where = {"all": "", "mask": "m", "gaps": f"g{encoding.gap_bits}"}[encoding.positions]
     values = encoding.values[0].upper() if encoding.full else encoding.values[0]
     planes = "".join(f"p{width}" for width, _ in encoding.planes)
-    return f"{'u' if _uneven(encoding, opset >= FOUR_BITS) else ''}{where}{values}{encoding.code_bits or ''}{planes}"
+    return f"{'u' if _uneven(encoding, opset) else ''}{where}{values}{encoding.code_bits or ''}{planes}"
 
 
 def functions(encoding: Encoding, opset: int) -> list[ir.Function]:
@@ -94,47 +93,60 @@ def functions(encoding: Encoding, opset: int) -> list[ir.Function]:
         encoding: an example of the kind.
         opset: of the model that the functions go into.
     """
-    four = opset >= FOUR_BITS
-    texts = {function_name(encoding, opset): _decoder(encoding, four)}
+    texts = {function_name(encoding, opset): _decoder(encoding, opset)}
     waiting = list(texts)
     while waiting:
         for name in _called(texts[waiting.pop()]):
             if name not in texts:
-                texts[name] = block(name, four)
+                texts[name] = block(name, opset)
                 waiting.append(name)
     return [_function(name, text, opset) for name, text in texts.items()]
+
+
+def decodable(encoding: Encoding, opset: int) -> bool:
+    """Whether the operators of `opset` can decode such an encoding."""
+    return not encoding.planes or opset >= ADDS_AT_PLACES
 
 
 def function_bytes(encoding: Encoding, opset: int) -> dict[str, int]:
     """Return about how many bytes each function that decodes such encodings takes in a file, once."""
     name = function_name(encoding, opset)
-    key = f"{name} {opset >= FOUR_BITS}"
-    if key not in _SIZES:
+    if (name, opset) not in _SIZES:
         made = functions(encoding, opset)
-        _SIZES[key] = {f.name: len(ir.serde.serialize_function(f).SerializeToString()) + 3 for f in made}
-    return _SIZES[key]
+        _SIZES[name, opset] = {f.name: len(ir.serde.serialize_function(f).SerializeToString()) + 3 for f in made}
+    return _SIZES[name, opset]
 
 
-def _uneven(encoding: Encoding, four: bool) -> bool:
+def _uneven(encoding: Encoding, opset: int) -> bool:
     """Whether the decoded stream is longer than the tensor."""
     width = 1 if encoding.positions == "mask" else encoding.code_bits
     streamed = encoding.positions == "mask" or (encoding.positions == "all" and width > 0)
-    return streamed and filled(width, four) and math.prod(encoding.shape) % 8 != 0
+    return streamed and filled(width, opset) and math.prod(encoding.shape) % 8 != 0
 
 
 @dataclass
 class _Text:
-    """A function being written: `line` adds to its body, `stream` also to its inputs."""
+    """A function being written."""
 
-    four: bool
+    opset: int
     inputs: list[str] = field(default_factory=list)
     attributes: list[str] = field(default_factory=lambda: ["d"])
     body: str = _SIZE
 
+    def is_four(self, bits: int) -> bool:
+        return bits == 4 and self.opset >= FOUR_BITS
+
+    def codes(self, bits: int, length: str | None, *, as_bytes: bool) -> str:
+        """Take in the codes, if there are any: symbols, or UINT4 where that will do."""
+        if self.is_four(bits) and not as_bytes:
+            self.inputs.append("codes")
+            return "codes"
+        return self.symbols("codes", bits, length) if bits else ""
+
     def symbols(self, name: str, bits: int, length: str | None) -> str:
         """Take in a stream and unpack it, cut to a length on request; return what it is called then."""
-        self.inputs += inputs(name, bits, self.four)
-        steps, found = symbols(name, bits, self.four)
+        self.inputs += inputs(name, bits, self.opset)
+        steps, found = symbols(name, bits, self.opset)
         self.body += steps
         if length is None:
             return found
@@ -143,7 +155,7 @@ class _Text:
 
     def gap_symbols(self, name: str, bits: int, attribute: str) -> str:
         """The same for gaps, whose number an attribute tells where the stream is filled up."""
-        if not filled(bits, self.four):
+        if not filled(bits, self.opset):
             return self.symbols(name, bits, None)
         self.attributes.append(attribute)
         self.body += f"{name}_length = Constant <value_ints: ints = @{attribute}> ()\n"
@@ -153,9 +165,9 @@ class _Text:
         return f"<{', '.join(self.attributes)}> ({', '.join([*self.inputs, 'table'])}) => (weight) {{{self.body}{_END}}}"
 
 
-def _decoder(encoding: Encoding, four: bool) -> str:
+def _decoder(encoding: Encoding, opset: int) -> str:
     """Head and body of the function that decodes a whole tensor."""
-    text = _Text(four)
+    text = _Text(opset)
     if encoding.positions == "all":
         _everywhere(text, encoding)
     else:
@@ -168,41 +180,35 @@ def _everywhere(text: _Text, encoding: Encoding) -> None:
     if encoding.values == "one":
         text.body += "flat = Expand (table, shape)"
         return
-    bits, four = encoding.code_bits, text.four and encoding.code_bits == 4
-    if four and not encoding.planes:
-        text.inputs.append("codes")
-        codes = "codes"
-    else:
-        codes = text.symbols("codes", bits, "size" if _uneven(encoding, text.four) else None)
-    if encoding.values == "channel" and not four:  # UINT4 lies there in rows
+    bits, channel = encoding.code_bits, encoding.values == "channel"
+    codes = text.codes(bits, "size" if _uneven(encoding, text.opset) else None, as_bytes=bool(encoding.planes))
+    if channel and not text.is_four(bits):  # UINT4 lies there in rows
         text.body, codes = text.body + _ROWS.format(codes), "code_rows"
     for number, (gap_bits, _) in enumerate(encoding.planes):
         gaps = text.gap_symbols(f"plane{number}", gap_bits, f"p{number}")
         text.body += f"more{number} = {DOMAIN}.p{gap_bits} <k: int = {bits + number}> ({codes}, {gaps})\n"
         codes = f"more{number}"
-    text.body += _TABLE.format(codes, int(encoding.values == "channel"))
+    text.body += _TABLE.format(codes, int(channel))
 
 
 def _sparse(text: _Text, encoding: Encoding) -> None:
     """Nonzeros to their places: picked by a running index through the mask, or scattered to where the gaps lead."""
-    codes, gaps, channel = "", encoding.positions == "gaps", encoding.values == "channel"
-    if encoding.code_bits == 4 and text.four and not channel:
-        text.inputs.append("codes")
-        codes = "codes"
-    elif encoding.code_bits:
-        codes = text.symbols("codes", encoding.code_bits, None)
+    gaps, channel = encoding.positions == "gaps", encoding.values == "channel"
+    codes = text.codes(encoding.code_bits, None, as_bytes=channel)
     if gaps:
         flags = text.gap_symbols("where", encoding.gap_bits, "p")
         text.body += f"place, real = {DOMAIN}.g{encoding.gap_bits} ({flags})"
     else:
-        flags = text.symbols("where", 1, "size" if _uneven(encoding, text.four) else None)
+        flags = text.symbols("where", 1, "size" if _uneven(encoding, text.opset) else None)
         text.body += f"real = Cast <to = 6> ({flags})"
     text.body += "index = Identity (real)" if encoding.values == "one" else _COUNTED
     if channel:
-        text.body += f"values = Identity ({codes})" + _NO_CODE
+        text.body += f"values = Identity ({codes})"
+    elif encoding.full:
+        text.attributes.append("t")
+        text.body += _CODED.format(codes, "nonzeros") + _ZERO_FIRST
     else:
-        text.body += _CODED.format(codes) if codes else "nonzeros = Identity (table)"
-        text.body += _ZERO + (_ZERO_FIRST if encoding.full else "values = Identity (nonzeros)")
+        text.body += _CODED.format(codes, "values") if codes else "values = Identity (table)"
     text.body += _SCATTER if gaps else _PICK
     text.body += _ROWS.format("placed") + _TABLE.format("code_rows", 1) if channel else "flat = Identity (placed)"
 

@@ -20,7 +20,8 @@ from torch import nn
 
 from torchopt.errors import ConfigError, ModelError, nearest
 from torchopt.export.graph import to_onnx
-from torchopt.export.pack import PackReport, pack_model
+from torchopt.export.pack import pack_model
+from torchopt.export.pack_report import PackReport
 from torchopt.export.passes import (
     BlockWeightsPass,
     DynamicMatMulPass,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,46 +17,16 @@ import onnx_ir as ir
 from torchopt.errors import FileError, ModelError
 from torchopt.export.calls import Names, read_encoding, replace
 from torchopt.export.decoded import weight_values
-from torchopt.export.decoders import DOMAIN, function_bytes, function_name
+from torchopt.export.decoders import DOMAIN, decodable, function_bytes, function_name
+from torchopt.export.pack_report import LeftDense, PackedTensor, PackReport
+from torchopt.export.packable import packable
 from torchopt.files import atomic_path
 from torchopt.packing import CALL_BYTES, Encoding, decode, encode, encodings, entropy_bytes
 
-PACKABLE = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT32}
-OLDEST_OPSET = 18  # BitwiseAnd, BitwiseOr
-SMALLEST = 256  # bytes of a tensor below which no encoding pays
+NEWEST_OPSET = onnx.defs.onnx_opset_version()
+OLDEST_OPSET = 12  # integers as attributes
+FUNCTIONS = 8  # the version of the file format that has model-local functions
 SMALL = 1 << 18  # bytes of a tensor below which the cost of its decoder counts
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackedTensor:
-    """One row of a `PackReport`: a tensor, its codec, and bytes before, after, and at the entropy bound."""
-
-    name: str
-    codec: str
-    dense_bytes: int
-    packed_bytes: int
-    entropy_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackReport:
-    """What packing did to each tensor that it looked at."""
-
-    rows: list[PackedTensor] = field(default_factory=list)
-
-    @property
-    def dense_bytes(self) -> int:
-        """Bytes of all the tensors before."""
-        return sum(row.dense_bytes for row in self.rows)
-
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of all the tensors after, tables and positions included."""
-        return sum(row.packed_bytes for row in self.rows)
-
-    def __str__(self) -> str:
-        lines = [f"{r.name:<40} {r.codec:<16} {r.dense_bytes:>12,} → {r.packed_bytes:>10,}" for r in self.rows]
-        return "\n".join([*lines, f"{'total':<57} {self.dense_bytes:>12,} → {self.packed_bytes:>10,}"])
 
 
 def pack(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> PackReport:
@@ -69,7 +38,7 @@ def pack(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> PackReport
 
     Raises:
         FileError: `src` is missing or no ONNX file, or `dst` cannot be written.
-        ModelError: the model's opset is older than 18, which has no bitwise operators.
+        ModelError: the model's opset is too old or unknown.
     """
     model = read(src)
     report = pack_model(model)
@@ -103,13 +72,12 @@ def pack_model(model: ir.Model) -> PackReport:
     """Pack the weights of `model` in place.
 
     Raises:
-        ModelError: the opset is older than 18.
+        ModelError: the opset is too old or unknown.
     """
     opset = model.opset_imports.get("", 0)
-    if opset < OLDEST_OPSET:
-        raise ModelError(f"pack: the model has opset {opset}; convert it to {OLDEST_OPSET} or later, which has bitwise operators")
-    fixed = {id(v) for v in (*model.graph.outputs, *model.graph.inputs)}
-    weights = {str(v.name): v for v in model.graph.initializers.values() if id(v) not in fixed and _packable(v)}
+    if not OLDEST_OPSET <= opset <= NEWEST_OPSET:
+        raise ModelError(f"pack: the model has opset {opset}; convert it to one of {OLDEST_OPSET} to {NEWEST_OPSET}")
+    weights, left = packable(model)
     rows, names = {}, Names(model)
     for name, encoding in _chosen(weights, opset):
         dense = weights[name].const_value.numpy()  # type: ignore[union-attr]
@@ -121,7 +89,14 @@ def pack_model(model: ir.Model) -> PackReport:
             entropy_bytes=entropy_bytes(dense, encoding),
         )
         replace(model, weights[name], encoding, opset, names)
-    return PackReport(rows=[rows[name] for name in weights if name in rows])
+    if rows:
+        model.ir_version = max(model.ir_version, FUNCTIONS)
+    left += [
+        LeftDense(name=name, dense_bytes=value.const_value.nbytes, reason="no smaller form")  # type: ignore[union-attr]
+        for name, value in weights.items()
+        if name not in rows
+    ]
+    return PackReport(rows=[rows[name] for name in weights if name in rows], left=left)
 
 
 def _chosen(weights: dict[str, ir.Value], opset: int) -> Iterator[tuple[str, Encoding]]:
@@ -135,8 +110,8 @@ def _chosen(weights: dict[str, ir.Value], opset: int) -> Iterator[tuple[str, Enc
     for name, value in weights.items():
         dense = value.const_value.numpy()  # type: ignore[union-attr]
         if dense.nbytes < SMALL:
-            options[name] = list(encodings(dense))
-        elif (encoding := encode(dense)) is not None:
+            options[name] = [e for e in encodings(dense) if decodable(e, opset)]
+        elif (encoding := encode(dense, lambda e: decodable(e, opset))) is not None:
             given |= {*function_bytes(encoding, opset)}
             yield name, encoding
 
@@ -190,14 +165,6 @@ def unpack_model(model: ir.Model, where: str) -> None:
     for key in [k for k in model.functions if k[0] == DOMAIN]:
         del model.functions[key]
     model.opset_imports.pop(DOMAIN, None)
-
-
-def _packable(value: ir.Value) -> bool:
-    """A weight: of a known type, read by nodes, none of which is a decoder of ours (a packed file stays as it is)."""
-    tensor, users = value.const_value, list(value.uses())
-    if tensor is None or tensor.dtype not in PACKABLE or not users or tensor.nbytes <= SMALLEST:
-        return False
-    return all(user.domain != DOMAIN for user, _ in users)
 
 
 def read(path: str | os.PathLike[str]) -> ir.Model:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -18,23 +18,24 @@ TABLE_AT_MOST = 256
 GAPS_AT_MOST = 0.95  # of the mask's bytes, codes included: gaps take longer to decode than a mask does
 
 
-def encode(value: np.ndarray) -> Encoding | None:
+def encode(value: np.ndarray, allowed: Callable[[Encoding], bool] = lambda encoding: True) -> Encoding | None:
     """Return the smallest encoding of `value`, or None where the dense tensor is no larger.
 
     Args:
-        value: any dtype of 1, 2 or 4 bytes, any shape; the first axis is that of the output channels.
+        value: any dtype of 1, 2, 4 or 8 bytes, any shape; the first axis is that of the output channels.
+        allowed: which encodings may be chosen.
 
     Example:
         >>> w = np.tile(np.array([0, 0, 0, 0.5], np.float32), 256)
         >>> encode(w).name, encode(w).payload_bytes
         ('gaps3+one', 104)
     """
-    return min(encodings(value), key=lambda e: e.payload_bytes, default=None)
+    return min(filter(allowed, encodings(value)), key=lambda e: e.payload_bytes, default=None)
 
 
 def encodings(value: np.ndarray) -> Iterator[Encoding]:
     """Yield every encoding of `value` that is smaller than the dense tensor, its call included."""
-    if value.dtype.itemsize not in (1, 2, 4) or value.size < 2:
+    if value.dtype.itemsize not in (1, 2, 4, 8) or value.size < 2:
         return
     for encoding in _candidates(np.ascontiguousarray(value)):
         if encoding.payload_bytes + CALL_BYTES < value.nbytes:

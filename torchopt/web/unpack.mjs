@@ -13,7 +13,10 @@ const GRAPH = { node: 1, initializer: 5, output: 12 };
 const NODE = { input: 1, output: 2, type: 4, attribute: 5, domain: 7 };
 const ATTRIBUTE = { name: 1, graph: 6, ints: 8, graphs: 11 };
 const TENSOR = { dims: 1, type: 2, name: 8, raw: 9, location: 14 };
-const ARRAYS = { 1: Uint32Array, 2: Uint8Array, 3: Uint8Array, 6: Uint32Array, 10: Uint16Array }; // bits of float, uint8, int8, int32, float16
+const ARRAYS = {
+  ...{ 1: Uint32Array, 2: Uint8Array, 3: Uint8Array, 6: Uint32Array }, // the bits of float, uint8, int8, int32,
+  ...{ 10: Uint16Array, 11: BigUint64Array }, // float16, double
+};
 const UINT4 = 21;
 const CONSTANT_AT_MOST = 1 << 20; // bytes of a constant tensor kept as one value
 const text = new TextDecoder();
