@@ -39,11 +39,13 @@ from torchopt.export.passes import (
     TidyPass,
     WideChannelsPass,
 )
+from torchopt.export.serialize import serialized
 from torchopt.files import atomic_path
 from torchopt.grid import grids
 
 OPSETS = {"ort-x86": 21, "ort-x86-avx2": 21, "ort-arm": 21, "ort-web": 21, "openvino": 21}
-OLDEST, NEWEST, PACKS = 17, 23, 21  # packing needs the four-bit integers of opset 21
+OLDEST, NEWEST = 17, 23
+PACKS = 21  # the opset from which on "auto" packs: older ones are for runtimes in which folding was not measured
 SIXTEEN_BITS = 21  # the opset whose QuantizeLinear gives 16-bit integers
 WIDENS = ("ort-x86", "ort-x86-avx2")  # run some numbers of channels faster than others (measured)
 PADS = 18  # the opset from which on Pad has one form
@@ -98,7 +100,7 @@ def export(
         target: "ort-x86", "ort-x86-avx2", "ort-arm", "ort-web" or "openvino".
         dynamic_batch: let the batch dimension vary.
         pack: "auto" packs the weights where the target decodes them once, at load; True or False decide it.
-        opset: version of the ONNX operator set, 17 to 23, for runtimes older than the target's own; packing needs 21.
+        opset: version of the ONNX operator set, 17 to 23, for runtimes older than the target's own; "auto" packs from 21 on.
 
     A model in half precision keeps float32 inputs and outputs; its weights are stored as float16.
 
@@ -119,7 +121,7 @@ def export(
     _check_integers(graph, version)
     applied = _rewrite(graph, model, wide=target in WIDENS and version >= PADS)
     graph = lowered(graph, version)
-    dense = len(_bytes(graph))
+    dense = len(serialized(graph, "export", shapes=False))
     note = _dense_because(target, pack, version)
     report = None if note else pack_model(graph)
     size = write_checked(graph, path)
@@ -192,25 +194,11 @@ def _dense_because(target: str, pack: bool | str, opset: int) -> str:
     """Why the file is written without packing; empty where it is packed."""
     if pack is False:
         return "pack=False"
-    if opset < PACKS:
-        return f"opset {opset} has no four-bit integers"
+    if pack == "auto" and opset < PACKS:
+        return f"opset {opset} is for older runtimes, in which decoding at load was not measured; pack=True packs"
     if pack == "auto" and target not in FOLDS_AT_LOAD:
         return f"{target} does not read functions inside the model, which decode packed weights"
     return ""
-
-
-def _bytes(graph: ir.Model) -> bytes:
-    """Serialize.
-
-    Raises:
-        ModelError: more than protobuf's 2 GB.
-    """
-    try:
-        proto = ir.to_proto(graph)
-        proto.graph.ClearField("value_info")  # every runtime infers the shapes between nodes; in a small file they are a tenth
-        return bytes(proto.SerializeToString())
-    except Exception as error:  # google.protobuf.message.EncodeError or a ValueError, by version
-        raise ModelError(f"export: the graph cannot be serialized (protobuf holds at most 2 GB): {str(error)[:200]}") from error
 
 
 def write_checked(graph: ir.Model, path: str | os.PathLike[str]) -> int:
@@ -220,7 +208,7 @@ def write_checked(graph: ir.Model, path: str | os.PathLike[str]) -> int:
         ModelError: the checker or the runtime refuses it.
         FileError: the file cannot be written.
     """
-    data = _bytes(graph)
+    data = serialized(graph, "export", shapes=False)  # every runtime infers them; in a small file they are a tenth
     try:
         onnx.checker.check_model(data)
         options = onnxruntime.SessionOptions()
@@ -242,7 +230,3 @@ def _check(target: str, pack: bool | str, opset: int | None) -> None:
         raise ConfigError(f"export: pack={pack!r}; 'auto', True or False is needed")
     if opset is not None and not OLDEST <= opset <= NEWEST:
         raise ConfigError(f"export: opset={opset}; {OLDEST} to {NEWEST} is needed")
-    if pack is True and (opset or OPSETS[target]) < PACKS:
-        raise ConfigError(
-            f"export: pack=True with opset={opset}, which has no four-bit integers; opset {PACKS} or pack='auto' is needed"
-        )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -20,6 +19,8 @@ from torchopt.export.decoded import weight_values
 from torchopt.export.decoders import DOMAIN, decodable, function_bytes, function_name
 from torchopt.export.pack_report import LeftDense, PackedTensor, PackReport
 from torchopt.export.packable import packable
+from torchopt.export.read import read
+from torchopt.export.serialize import serialized
 from torchopt.files import atomic_path
 from torchopt.packing import CALL_BYTES, Encoding, decode, encode, encodings, entropy_bytes
 
@@ -167,37 +168,7 @@ def unpack_model(model: ir.Model, where: str) -> None:
     model.opset_imports.pop(DOMAIN, None)
 
 
-def read(path: str | os.PathLike[str]) -> ir.Model:
-    """Read an ONNX file.
-
-    Raises:
-        FileError: it is missing, damaged, or no ONNX file.
-    """
-    if not Path(path).is_file():
-        raise FileError(f"{path}: there is no such file; give an ONNX file")
-    try:
-        model = ir.serde.deserialize_model(onnx.load(path))
-        for value in model.graph.initializers.values():
-            if value.const_value is not None:
-                value.const_value.numpy()  # a view, made when first asked for: fails where the bytes do not fit the shape
-    except Exception as error:  # protobuf, onnx and onnx-ir raise classes of their own
-        raise FileError(
-            f"{path}: is no whole ONNX file ({str(error).splitlines()[0][:200] if str(error) else error!r})"
-        ) from error
-    if not model.opset_imports:
-        raise FileError(f"{path}: is no ONNX file: it names no operator set")
-    return model
-
-
 def _write(model: ir.Model, path: str | os.PathLike[str]) -> None:
-    try:
-        proto = ir.to_proto(model)
-        stored = {tensor.name for tensor in proto.graph.initializer}  # whose types and shapes onnx-ir writes a second time
-        kept = [info for info in proto.graph.value_info if info.name not in stored]
-        del proto.graph.value_info[:]
-        proto.graph.value_info.extend(kept)
-        data = proto.SerializeToString()
-    except Exception as error:  # google.protobuf.message.EncodeError or a ValueError, by version
-        raise ModelError(f"{path}: cannot be one file (protobuf holds at most 2 GB): {str(error)[:200]}") from error
+    data = serialized(model, str(path))
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)

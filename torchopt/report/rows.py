@@ -21,7 +21,8 @@ from torch import nn
 
 from torchopt.export.decoded import halves, two_a_byte
 from torchopt.export.decoders import DOMAIN
-from torchopt.export.pack import read, unpack_model
+from torchopt.export.pack import unpack_model
+from torchopt.export.read import read
 from torchopt.grid import Grid, grids
 from torchopt.prune.shrink_channels import skipped_of
 from torchopt.state import find_state

@@ -18,7 +18,7 @@ import onnx
 import onnx_ir as ir
 
 from torchopt.export.decoders import DOMAIN
-from torchopt.export.pack import read
+from torchopt.export.read import read
 from torchopt.runtime.session import session
 
 LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}

@@ -22,7 +22,8 @@ from torch import nn
 
 from torchopt.batches import Batch, model_inputs
 from torchopt.errors import FileError
-from torchopt.export.pack import read, unpack_model
+from torchopt.export.pack import unpack_model
+from torchopt.export.read import read
 from torchopt.weights import weights
 
 DECODES = {"DequantizeLinear", "Cast", "Transpose", "Reshape", "Mul", "Pad"}
