@@ -214,19 +214,27 @@ def largest_shift(model, data=DATA):
         return max(float(mean_shift(visit).abs().max()) for visit in walk(model, calls(data)))
 
 
+@torch.no_grad()
+def a_step(model):
+    """Integer kernels add biases in steps of s_x·s_w: nearer than that a mean cannot be brought."""
+    layers = [layer for layer in fused(model) if layer.reads is not None]
+    assert len(layers) >= 3
+    return max(float((layer.reads.scale * layer.folded(layer.weight)[2]).max()) for layer in layers)
+
+
 def test_bias_correction_takes_the_mean_shift_away():
     net = small_net()
     plain = calibrated(net, weight_bits=4)
     corrected = calibrated(net, weight_bits=4, bias_correction=True)
     assert largest_shift(plain) > 0.02
-    assert largest_shift(corrected) < 2e-6
+    assert largest_shift(corrected) <= a_step(corrected) < 0.005
 
 
 def test_calibrating_again_corrects_anew_and_not_twice():
     model = calibrated(small_net(), weight_bits=4, bias_correction=True)
     before = [layer.shift.clone() for layer in fused(model)]
     torchopt.calibrate(model, DATA.split(16), progress=False)
-    assert largest_shift(model) < 2e-6
+    assert largest_shift(model) <= a_step(model) < 0.005
     for layer, was in zip(fused(model), before, strict=True):
         assert float(was.abs().max()) > 0
         torch.testing.assert_close(layer.shift, was, rtol=0.5, atol=0.02)

@@ -95,6 +95,22 @@ def test_training_a_dynamic_encoder_lowers_its_loss():
         torch.testing.assert_close(final(**inputs).logits, ready.eval()(**inputs).logits, rtol=0, atol=0)
 
 
-def test_static_mode_names_what_works():
-    with pytest.raises(torchopt.ModelError, match=r"BertModel .*cannot be traced.*mode='weight_only'"):
-        torchopt.prepare(encoder("BertModel"), [torchopt.Rule("*", quantize=torchopt.Quantize())], tuple(batch().values()))
+def test_static_mode_runs_every_layer_as_integers(tmp_path):
+    net, inputs = encoder("BertModel"), batch()
+    rule = torchopt.Rule("*", quantize=torchopt.Quantize(observer="minmax", rounding="nearest", equalize=False))
+    ready = torchopt.prepare(net, [rule], tuple(inputs.values())).eval()
+    torchopt.calibrate(ready, [inputs], progress=False)
+    final = torchopt.finalize(ready).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(final(**inputs)[0], ready(**inputs)[0], rtol=0, atol=0)
+        assert float((final(**inputs)[0] - net(**inputs)[0]).square().mean()) < 1e-3
+    torchopt.export(final, tuple(inputs.values()), tmp_path / "m.onnx")
+    placement = torchopt.inspect(tmp_path / "m.onnx")
+    linear = sum(isinstance(m, torch.nn.Linear) for m in net.modules())
+    assert len(placement.integer) == linear
+    assert placement.kernels["QuantizeLinear"] <= linear - 4  # query, key and value read one rounded tensor
+    assert torchopt.verify(final, tmp_path / "m.onnx", [inputs], progress=False).weights_equal
+    torchopt.save(final, tmp_path / "m.safetensors")
+    again = torchopt.load(tmp_path / "m.safetensors", encoder("BertModel")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs)[0], final(**inputs)[0], rtol=0, atol=0)

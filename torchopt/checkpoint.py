@@ -25,11 +25,12 @@ from torchopt.errors import ConfigError, FileError, StateError, TorchoptError
 from torchopt.files import atomic_path
 from torchopt.grid import SUFFIX, grids, set_grid
 from torchopt.prune.plan import apply_plan, plan_of
-from torchopt.quantize import DynamicLinear, FixedQuantize
+from torchopt.quantize import DynamicLinear, FixedQuantize, Rounded, can_open, open_attentions
 from torchopt.rules import Rule
 from torchopt.state import State, find_state
 from torchopt.strict import build
 from torchopt.traced import describe, rebuild
+from torchopt.weights import IN_PROJECTION
 
 FORMAT = 1
 Header = dict[str, Any]
@@ -95,6 +96,7 @@ def _header(model: nn.Module, state: State | None) -> Header:
         "format": FORMAT,
         "plan": state.plan if state is not None else plan_of(model),
         "dynamic": [n for n, m in model.named_modules() if isinstance(m, DynamicLinear)],
+        "rounded": {n: m.describe() for n, m in model.named_modules() if isinstance(m, Rounded)},
         "grids": {n: [g.bits, g.axis, g.block] for n, g in grids(model).items()},
     }
     if state is not None:
@@ -105,7 +107,7 @@ def _header(model: nn.Module, state: State | None) -> Header:
             "found": state.found,
         }
     elif isinstance(model, fx.GraphModule):
-        fixed = {name: m.describe() for name, m in model.named_modules() if isinstance(m, FixedQuantize)}
+        fixed = {name: m.describe() for name, m in model.named_children() if isinstance(m, FixedQuantize)}
         header["traced"] = {"graph": describe(model.graph), "quantizers": fixed}
     return header
 
@@ -118,9 +120,13 @@ def _rebuild(fresh: nn.Module, header: Header, tensors: Mapping[str, torch.Tenso
         rules = [build(Rule, rule, ("rules", i)) for i, rule in enumerate(saved["rules"])]
         found = {name: tuple(counts) for name, counts in saved["found"].items()}
         return attach(fresh, rules, inputs, found, saved["target"])
+    attentions = [n for n, m in fresh.named_modules() if can_open(m) and f"{n}.{IN_PROJECTION}.weight".lstrip(".") in tensors]
+    fresh, _ = open_attentions(fresh, dict.fromkeys(attentions))
     _add_biases(fresh, tensors)
     for name in header.get("dynamic", []):
         DynamicLinear.of(fresh.get_submodule(name))
+    for name, ends in header.get("rounded", {}).items():
+        Rounded.of(fresh.get_submodule(name), [None if end is None else FixedQuantize.described(end) for end in ends])
     for name in header["grids"]:
         owner, _, param = name.rpartition(".")
         fresh.get_submodule(owner).register_buffer(param + SUFFIX, torch.empty_like(tensors[name + SUFFIX]))

@@ -216,6 +216,8 @@ def _attach(model: nn.Module, assigned: Sequence[Assigned], found: Mapping[str, 
     tables: list[tuple[Weight, Cluster]] = []
     for name in dict.fromkeys([*by_name, *found]):
         weight, rule = find_weight(model, name), by_name.get(name, Rule())
+        if weight is None and not (rule.prune or rule.cluster or name in found):
+            continue  # the forward does not use it: quantization has reported that
         if weight is None:
             raise RuleError(f"prepare: {name} has no counterpart in the quantized model; leave it out of quantization")
         zeros, distinct = found.get(name, (0, 0))

@@ -13,11 +13,18 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx._symbolic_trace import _assert_is_none
 from torch.fx.node import _get_qualified_name
 
 from torchopt.errors import FileError
 
 Plain = dict[str, Any]
+BESIDE: dict[str, Callable[..., Any]] = {  # no tensor operations, and harmless
+    "getattr": getattr,
+    "builtins.getattr": getattr,
+    "torch._assert": torch._assert,
+    "torch.fx._symbolic_trace._assert_is_none": _assert_is_none,
+}
 
 
 def describe(graph: fx.Graph) -> list[Plain]:
@@ -129,10 +136,16 @@ def _read(value: Any, known: dict[str, fx.Node]) -> Any:
 def _function(target: str, where: str) -> Callable[..., Any]:
     """Resolve a qualified name to a tensor operation: torch.<op>, torch.nn.functional.<op>, operator.<op>, or getattr."""
     module, _, name = target.rpartition(".")
-    places: dict[str, Any] = {"torch": torch, "torch.nn.functional": nn.functional, "_operator": operator, "operator": operator}
+    places: dict[str, Any] = {
+        "torch": torch,
+        "torch.nn.functional": nn.functional,
+        "torch._C._nn": torch._C._nn,  # what `F.linear` and `F.gelu` are
+        "_operator": operator,
+        "operator": operator,
+    }
     allowed = module != "torch" or hasattr(torch._C._VariableFunctions, name)
-    if target in ("getattr", "builtins.getattr"):
-        return getattr
+    if target in BESIDE:
+        return BESIDE[target]
     if module in places and allowed and not name.startswith("_") and callable(getattr(places[module], name, None)):
         return getattr(places[module], name)  # type: ignore[no-any-return]
     raise FileError(f"{where}: the graph calls {target!r}, which is no tensor operation; the file is damaged or hostile")

@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 RNN_WEIGHTS = ("weight_ih", "weight_hh", "weight_hr")
+IN_PROJECTION = "in_proj"  # the layer that holds an attention's `in_proj_weight` once it is opened for quantization
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -119,6 +120,8 @@ def find_weight(model: nn.Module, name: str) -> Weight | None:
     module = modules.get(module_name)
     if module is None:
         return None
+    if param == f"{IN_PROJECTION}_weight" and isinstance(module._modules.get(IN_PROJECTION), nn.Linear):
+        return find_weight(model, f"{module_name}.{IN_PROJECTION}.weight" if module_name else f"{IN_PROJECTION}.weight")
     kind = dict(_params(module)).get(param)
     if kind is None and not has_parameter(module, param):
         return None

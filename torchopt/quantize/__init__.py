@@ -6,21 +6,26 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # torch.ao announces its removal on import; the announcement is known
     from torchopt.quantize.activations import ActivationQuantizer, FixedQuantize
     from torchopt.quantize.attach import attach, left_float, settle_scales, update
+    from torchopt.quantize.attention import can_open, open_attentions
     from torchopt.quantize.bake import bake
     from torchopt.quantize.calibrate import calibrate, observes, synchronize
     from torchopt.quantize.config import Quantize
     from torchopt.quantize.dynamic import DynamicLinear
+    from torchopt.quantize.rounded import Rounded
 
 __all__ = [
     "ActivationQuantizer",
     "DynamicLinear",
     "FixedQuantize",
     "Quantize",
+    "Rounded",
     "attach",
     "bake",
     "calibrate",
+    "can_open",
     "left_float",
     "observes",
+    "open_attentions",
     "settle_scales",
     "synchronize",
     "update",

@@ -237,6 +237,11 @@ class FixedQuantize(nn.Module):
             "DequantizeLinear", [codes, self.scale, self.zero_point], dtype=torch.float32, shape=x.shape
         )
 
+    @classmethod
+    def of(cls, quantizer: ActivationQuantizer) -> FixedQuantize:
+        """Return the fixed quantizer on the grid that one has found."""
+        return cls(*quantizer.calculate_qparams(), quantizer.quant_min, quantizer.quant_max)
+
     def describe(self) -> list[int]:
         """Return what the buffers do not hold: [qmin, qmax]."""
         return [self.qmin, self.qmax]

@@ -8,9 +8,9 @@ from torch import fx, nn
 from torchopt.errors import StateError
 from torchopt.grid import set_grid
 from torchopt.quantize.activations import ActivationQuantizer, FixedQuantize
-from torchopt.quantize.attach import WEIGHTS_LATER
 from torchopt.quantize.config import Quantize
 from torchopt.quantize.fuse import activation_of
+from torchopt.quantize.in_place import WEIGHTS_LATER
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.recurrent import QuantizedRecurrent
 from torchopt.quantize.weight_grid import along, weight_scale
@@ -38,9 +38,7 @@ def bake(model: nn.Module) -> nn.Module:
                 return plain
             set_module(model, name, plain)
         elif isinstance(module, ActivationQuantizer):
-            scale, zero_point = module.calculate_qparams()
-            fixed = FixedQuantize(scale, zero_point, module.quant_min, module.quant_max)
-            set_module(model, name, fixed)
+            set_module(model, name, FixedQuantize.of(module))
         elif WEIGHTS_LATER in module.__dict__:
             _snap(module, *module.__dict__.pop(WEIGHTS_LATER))
     if not isinstance(model, fx.GraphModule):

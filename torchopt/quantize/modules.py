@@ -45,6 +45,7 @@ class Fused(nn.Module):
         act: the activation fused in, or None.
         shift: what bias correction adds to each channel before the activation, while the weight is rounded; None without it.
         reach: where the grid of each channel ends, as a fraction of the largest |w|; None is 1 (8 bits, learned scales).
+        reads: the quantizer of the input, where the runtime keeps the bias as an integer, in steps of both scales; else None.
     """
 
     weight: Any  # a Parameter, or what a mask and a table make of one
@@ -56,6 +57,7 @@ class Fused(nn.Module):
     rounding: bool
     reach: torch.Tensor | None
     shift: torch.Tensor | None
+    reads: Any
     fake_quant_enabled: torch.Tensor
     bn_frozen: torch.Tensor
 
@@ -78,6 +80,7 @@ class Fused(nn.Module):
     def _start(self, config: Quantize, bits: int) -> None:
         self.config, self.bits, self.rounding = config, bits, True
         self._modules.update(bn=None, act=None)
+        self.__dict__["reads"] = None  # no part of this module: the quantizer has a place of its own
         device = self.weight.device
         self.register_buffer("fake_quant_enabled", torch.ones(1, dtype=torch.uint8, device=device))
         self.register_buffer("bn_frozen", torch.zeros(1, dtype=torch.uint8, device=device))
@@ -146,7 +149,14 @@ class Fused(nn.Module):
         if self.shift is not None:
             bias = self.shift if bias is None else bias + self.shift
         q = q + 0.0  # integers know no -0.0, and the file must give back the same bits
-        return q * along(scale, w.dim(), self.out_axis), bias, scale
+        return q * along(scale, w.dim(), self.out_axis), self._in_steps(bias, scale), scale
+
+    def _in_steps(self, bias: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor | None:
+        """The bias as integer kernels add it: a multiple of s_x·s_w."""
+        if bias is None or self.reads is None or not (self.reads.ready and self.reads.rounding):
+            return bias
+        step = self.reads.scale.detach()[0] * scale.detach()
+        return torch.round(bias / step) * step
 
     def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The layer itself, on given weights."""
@@ -186,7 +196,7 @@ class Fused(nn.Module):
         """Return the float layer that this one was made of, with its attributes and without anything of ours."""
         base = next(c for c in type(self).__mro__ if c.__module__.startswith("torch.nn."))
         plain: nn.Module = base.__new__(base)  # type: ignore[call-overload]
-        ours = {"config", "bits", "rounding", "frozen", "_shares"}
+        ours = {"config", "bits", "rounding", "frozen", "reads", "_shares"}
         plain.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in self.__dict__.items() if k not in ours})
         plain.__dict__.update(_buffers={}, _modules={}, _parameters=dict.fromkeys(("weight", "bias")))
         return plain

@@ -28,6 +28,7 @@ from torchopt.quantize.fuse import activation_of
 from torchopt.quantize.layers import FusedLinear
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.targets import Target
+from torchopt.quantize.trace import example
 
 SHARE_MODULES = (
     nn.MaxPool1d,
@@ -67,7 +68,7 @@ def place(traced: fx.GraphModule, assignment: dict[str, Quantize], target: Targe
     """Insert `ActivationQuantizer` modules into a traced and fused model, in place."""
     kinds = {node: _kind(traced, node) for node in traced.graph.nodes}
     kinds |= {node: "change" for node in kinds if node.target in CONCATENATE and len(_signs(traced, node, kinds)) > 1}
-    integer = _integer(kinds)
+    integer = _integer(traced, kinds)
     groups = _Groups()
     for node in integer:
         if kinds[node] in ("share", "pass"):
@@ -83,13 +84,49 @@ def place(traced: fx.GraphModule, assignment: dict[str, Quantize], target: Targe
         if root not in made:
             made[root] = f"quantizer_{len(made)}"
             config = _config(traced, node, users) or fallback
-            traced.add_module(made[root], _quantizer(traced, node, config, target))
+            unit = (0.0, 1.0) if _made_by(traced, node) in UNIT else None
+            traced.add_module(made[root], activation_quantizer(config, target, unit))
         with traced.graph.inserting_after(node):
             rounded = traced.graph.call_module(made[root], (node,))
         for user in users:
             user.replace_input_with(node, rounded)
+    _keep_integer_biases(traced)
     traced.graph.lint()
     traced.recompile()
+
+
+def _keep_integer_biases(traced: fx.GraphModule) -> None:
+    """Tell each layer whose bias the runtime keeps as an integer (convolutions, products with rounded results) which grid it reads."""
+    read: dict[Fused, set[ActivationQuantizer | None]] = {}
+    for node in traced.graph.nodes:
+        layer = _module(traced, node)
+        if isinstance(layer, Fused) and not (isinstance(layer, FusedLinear) and not _is_rounded_product(traced, node)):
+            read.setdefault(layer, set()).add(_grid(traced, node.args[0]))
+    for layer, grids in read.items():
+        if len(grids) == 1:
+            layer.__dict__["reads"] = grids.pop()
+
+
+def _is_rounded_product(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """True for a linear layer on rows whose result is rounded: of more dimensions ONNX Runtime adds the bias in float."""
+    rows = getattr(example(node), "shape", ())
+    return len(rows) == 2 and all(isinstance(_module(traced, user), ActivationQuantizer) for user in node.users)
+
+
+def _grid(traced: fx.GraphModule, node: Any) -> ActivationQuantizer | None:
+    """The quantizer that a value last went through; only what moves elements may stand between."""
+    while isinstance(node, fx.Node):
+        module = _module(traced, node)
+        if isinstance(module, ActivationQuantizer):
+            return module
+        if _kind(traced, node) not in ("share", "pass") or node.target in CONCATENATE:
+            return None
+        node = node.args[0]
+    return None
+
+
+def _module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def _kind(traced: fx.GraphModule, node: fx.Node) -> str:
@@ -129,14 +166,31 @@ def _tensors(node: fx.Node) -> list[fx.Node]:
     return [a for a in operands if isinstance(a, fx.Node)]
 
 
-def _integer(kinds: dict[fx.Node, str]) -> set[fx.Node]:
+def _integer(traced: fx.GraphModule, kinds: dict[fx.Node, str]) -> set[fx.Node]:
     """The operations that run on integers: layers, and others all of whose inputs come from integer operations."""
     found: set[fx.Node] = set()
     for node, kind in kinds.items():
         sources = _tensors(node)
         if kind == "layer" or (kind and sources and all(source in found for source in sources)):
             found.add(node)
-    return found
+    return found - _in_vain(traced, kinds, found)
+
+
+def _in_vain(traced: fx.GraphModule, kinds: dict[fx.Node, str], integer: set[fx.Node]) -> set[fx.Node]:
+    """What would run on integers between linear layers and float operations: an integer product gives floats at no cost."""
+    floats: set[fx.Node] = set()  # linear layers, and what is computed from their results alone
+    for node in kinds:
+        if node in integer and (_is_linear(traced, node) or (kinds[node] != "layer" and floats.issuperset(_tensors(node)))):
+            floats.add(node)
+    vain: set[fx.Node] = set()
+    for node in reversed(list(kinds)):
+        if node in floats and kinds[node] != "layer" and not any(user in integer - vain for user in node.users):
+            vain.add(node)
+    return vain
+
+
+def _is_linear(traced: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(traced.get_submodule(str(node.target)), FusedLinear)
 
 
 def _users_to_round(traced: fx.GraphModule, node: fx.Node, kinds: dict[fx.Node, str], integer: set[fx.Node]) -> list[fx.Node]:
@@ -150,10 +204,14 @@ def _users_to_round(traced: fx.GraphModule, node: fx.Node, kinds: dict[fx.Node, 
         return []
     if len(users) == 1 and kinds[node] != "share" and activation_of(traced, users[0]) is not None:
         return []
-    is_linear = node.op == "call_module" and isinstance(traced.get_submodule(str(node.target)), FusedLinear)
-    if is_linear and not any(u in integer for u in users):
+    if _is_linear(traced, node) and not any(u in integer for u in users):
         return []
     return users
+
+
+def _made_by(traced: fx.GraphModule, node: fx.Node) -> Any:
+    """The class of a module, a function, or the name of a method."""
+    return type(traced.get_submodule(str(node.target))) if node.op == "call_module" else node.target
 
 
 def _config(traced: fx.GraphModule, node: fx.Node, users: list[fx.Node]) -> Quantize | None:
@@ -166,15 +224,15 @@ def _config(traced: fx.GraphModule, node: fx.Node, users: list[fx.Node]) -> Quan
     return None
 
 
-def _quantizer(traced: fx.GraphModule, node: fx.Node, config: Quantize, target: Target) -> ActivationQuantizer:
+def activation_quantizer(config: Quantize, target: Target, fixed_range: tuple[float, float] | None = None) -> ActivationQuantizer:
+    """Return the quantizer of an activation, as the configuration of its layer and the runtime want it."""
     qmin, qmax = target.activation_range(config.activation_bits)
-    made_by: Any = type(traced.get_submodule(str(node.target))) if node.op == "call_module" else node.target
     quantizer = ActivationQuantizer(
         quant_min=qmin,
         quant_max=qmax,
         symmetric=False,
         observer=config.observer,
-        fixed_range=(0.0, 1.0) if made_by in UNIT else None,
+        fixed_range=fixed_range,
         learn=config.learn_scale,
     )
     quantizer.milestones = config.milestones  # type: ignore[assignment]

@@ -44,6 +44,10 @@ WRITTEN = {
     "QuantizeLinear",
     "Pad",
 }  # between a constant and a layer
+FINISHES = {
+    "QuantizeLinear", "DequantizeLinear", "Relu", "Clip", "Cast", "Mul", "Add", "BatchNormalization", "LeakyRelu", "Sigmoid", "HardSigmoid",
+    "HardSwish", "Tanh", "Gelu", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze",
+}  # fmt: skip
 NO_KERNEL = "ONNX Runtime has no integer kernel for this form"
 DECODING = {"BitwiseAnd", "CumSum", "ScatterElements", "GatherElements"}  # what packing alone brings into a graph
 
@@ -109,10 +113,13 @@ def inspect(path: str | os.PathLike[str]) -> Placement:
         optimized = onnx.load(target)
     kernels = Counter(node.op_type for node in optimized.graph.node)
     producers = {output: node for node in optimized.graph.node for output in node.output}
-    layers = [_layer(node, weight, producers, model) for node, weight in _layers(model)]
+    found = _layers(model)
+    layers = [_layer(node, weight, producers, model) for node, weight in found]
+    convolutions = {str(weight.name) for node, weight in found if "Conv" in node.op_type}
+    products = sum(node.op_type == "MatMul" for node in model.graph) - sum(node.op_type == "MatMul" for node, _ in found)
     packed = any(node.domain == DOMAIN for node in model.graph)
     undecoded = sorted(DECODING & set(kernels)) if packed else []
-    return Placement(layers=_dealt(layers, kernels), kernels=dict(kernels), undecoded=undecoded)
+    return Placement(layers=_dealt(layers, convolutions, kernels, products), kernels=dict(kernels), undecoded=undecoded)
 
 
 def _layers(model: ir.Model) -> list[tuple[ir.Node, ir.Value]]:
@@ -177,23 +184,35 @@ def _kernel(node: ir.Node, producers: Mapping[str, onnx.NodeProto]) -> str:
         users = [user for user, _ in value.uses()]
         if not users:
             break
-        if users[0].op_type in LAYERS | INTEGER:
-            break  # what comes out there is another layer's
+        if users[0].op_type not in FINISHES:
+            break  # what comes out there is not this layer's
         value, seen = users[0].outputs[0], seen + 1
     return ""
 
 
-def _dealt(layers: list[Layer], kernels: Mapping[str, int]) -> list[Layer]:
-    """Layers whose fused node has another name are dealt the kernels that are left over.
+def _dealt(layers: list[Layer], convolutions: set[str], kernels: Mapping[str, int], products: int) -> list[Layer]:
+    """Layers whose fused node has another name are dealt the kernels of their kind that are left over.
 
     Those that cannot be integers come first, and take float kernels; of the others, integer ones only if no float is left.
+
+    Args:
+        layers: a row a layer, some without a kernel.
+        convolutions: the names of those that are convolutions.
+        kernels: how often each node type occurs.
+        products: how many matrix products of the file have no constant operand, such as those of attention: they are no layers.
     """
     left = Counter({k: n for k, n in kernels.items() if k in INTEGER | FLOAT})
     left.subtract(layer.kernel for layer in layers if layer.kernel)
+    for kind in ("FusedMatMul", "MatMul", "QLinearMatMul"):
+        taken = min(products, max(0, left[kind]))
+        left[kind] -= taken
+        products -= taken
     spare = sorted((k for k, n in left.items() for _ in range(max(0, n))), key=lambda k: k in INTEGER)
     dealt = {id(layer): layer for layer in layers}
     for layer in sorted((x for x in layers if not x.kernel), key=lambda x: x.reason == NO_KERNEL):
-        kernel = spare.pop(0) if spare else "?"
+        kernel = next((k for k in spare if ("Conv" in k) is (layer.name in convolutions)), "?")
+        if kernel in spare:
+            spare.remove(kernel)
         integer = kernel in INTEGER
         dealt[id(layer)] = replace(layer, kernel=kernel, integer=integer, reason="" if integer else layer.reason)
     return list(dealt.values())

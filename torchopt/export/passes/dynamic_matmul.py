@@ -46,11 +46,12 @@ def _weight(node: ir.Node) -> ir.Node | None:
             return None
     else:
         transpose = _producer(value, "Transpose")
-        if transpose is None or len(transpose.outputs[0].shape or ()) != 2:
+        if transpose is None:
             return None
         value = transpose.inputs[0]
     found = _producer(value, "DequantizeLinear")
-    return found if found is not None and found.inputs[0] is not None and found.inputs[0].is_initializer() else None
+    codes = found.inputs[0] if found is not None else None
+    return found if codes is not None and codes.is_initializer() and len(codes.shape or ()) == 2 else None
 
 
 def _producer(value: ir.Value | None, kind: str) -> ir.Node | None:

@@ -37,7 +37,7 @@ class WideChannelsPass(ir.passes.InPlacePass):
         """Rewrite `model` in place."""
         outputs, inputs = _around_depthwise(model.graph)
         inputs |= _behind_input(model.graph, outputs)
-        for conv in outputs.keys() | inputs.keys():
+        for conv in [n for n in model.graph if n in outputs or n in inputs]:
             _pad_weight(model.graph, conv, outputs.get(conv, 0), inputs.get(conv, 0))
         return ir.passes.PassResult(model, modified=bool(outputs or inputs))
 

@@ -94,6 +94,10 @@ class Peaks(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run one node and look at what it gives."""
         value = super().run_node(n)
+        if isinstance(value, torch.Tensor) and value.dim() > 2 and _is_linear(self.module, n):  # its channels are the last axis
+            for node in (n, *n.all_input_nodes):
+                self.found.pop(node, None)
+            return value
         if n.op != "output" and isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 2:
             peak = value.abs().transpose(0, 1).flatten(1).amax(1)
             before = self.found.get(n)
@@ -167,6 +171,10 @@ def _multiply(layer: Fused, factor: torch.Tensor) -> None:
         layer.weight = weight.value
     if layer.config.learn_scale:
         layer.weight_scale.copy_(lsq_start(layer.weight, layer.qmax, layer.out_axis if layer.config.per_channel else None))
+
+
+def _is_linear(model: nn.Module, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(model.get_submodule(str(node.target)), nn.Linear)
 
 
 def _takes_part(layer: Fused) -> bool:

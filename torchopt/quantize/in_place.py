@@ -1,0 +1,55 @@
+"""Layers swapped where they stand, without a graph: for the modes that need none, and inside modules that cannot be traced."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from torchopt.quantize.config import Quantize
+from torchopt.quantize.layers import fused
+from torchopt.quantize.modules import Fused
+from torchopt.quantize.recurrent import RECURRENT
+from torchopt.quantize.rounded import FUSED_ROUNDED, rounded
+from torchopt.quantize.targets import Target
+from torchopt.surgery import get_module, set_module
+
+WEIGHTS_LATER = "_torchopt_weights_later"  # modules whose weights are snapped when baked, and not before
+
+
+def in_place(model: nn.Module, path: str, config: Quantize, runtime: Target) -> nn.Module:
+    """Swap one module for its quantized layer, where it has one; else its weights are snapped when baked."""
+    module = get_module(model, path)
+    bits = runtime.weight_bits(config)
+    layer: nn.Module | None = None
+    if config.mode == "static":
+        layer = rounded(module, config, bits, runtime)
+    elif config.mode != "float16":
+        recurrent = RECURRENT.get(type(module))
+        layer = recurrent.of(module, config, bits) if recurrent else fused(module, config, bits)
+    if layer is None:
+        module.__dict__[WEIGHTS_LATER] = (config, bits)
+        return model
+    if isinstance(layer, Fused) and config.milestones is not None:
+        layer.enable_fake_quant(False)
+    if not path:
+        return layer
+    set_module(model, path, layer)
+    return model
+
+
+def without_graph(module: nn.Module, config: Quantize) -> Quantize:
+    """What is left of static quantization for a module that no graph shows: both ends of a layer on grids, or the weights alone."""
+    graph_only = {"rounding": "nearest", "equalize": False, "bias_correction": False, "fallback": None}
+    if type(module) in FUSED_ROUNDED:
+        return replace(config, **graph_only)  # type: ignore[arg-type]
+    return replace(config, mode="weight_only", activation_bits=8, **graph_only)  # type: ignore[arg-type]
+
+
+def twins(model: nn.Module, assignment: dict[str, Quantize]) -> dict[str, Quantize]:
+    """The modules that use the same Parameter as an assigned one (a decoder tied to the embedding), with its configuration."""
+    firsts = {
+        id(w): config for p, config in assignment.items() if (w := model.get_submodule(p)._parameters.get("weight")) is not None
+    }
+    weights = {path: module._parameters.get("weight") for path, module in model.named_modules()}
+    return {path: firsts[id(w)] for path, w in weights.items() if id(w) in firsts and path not in assignment}

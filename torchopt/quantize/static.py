@@ -1,0 +1,102 @@
+"""Static quantization: trace → fuse → place quantizers; what no graph shows is quantized where it stands.
+
+1. a layer of the traced graph                                    fused with its neighbours, quantizers placed between layers
+2. a layer inside a module that cannot be traced                   rounds its own input, a convolution its output too
+3. a module of another kind (recurrent, embedding, bilinear)       its weights alone
+4. the model's own forward cannot be traced                        case 2 for all of it, where `torch.export` can follow it and no batch
+                                                                   norm has to be folded; else refused, with the line that is in the way
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from torchopt.errors import ModelError, StateError
+from torchopt.quantize.activations import ActivationQuantizer
+from torchopt.quantize.attention import open_attentions
+from torchopt.quantize.config import Quantize
+from torchopt.quantize.corrections import check
+from torchopt.quantize.fuse import fuse
+from torchopt.quantize.in_place import in_place, without_graph
+from torchopt.quantize.modules import Fused
+from torchopt.quantize.placement import place
+from torchopt.quantize.rounded import share_inputs
+from torchopt.quantize.targets import Target
+from torchopt.quantize.trace import QuantizableGraph, forget, trace
+from torchopt.weights import weights
+
+
+def static(
+    model: nn.Module, assignment: dict[str, Quantize], example_inputs: tuple[Any, ...] | None, runtime: Target
+) -> nn.Module:
+    """Return `model` with static fake quantizers, as `attach` describes.
+
+    Raises:
+        StateError: example inputs are missing.
+        ModelError: nothing of the assigned can be quantized, or the model takes other inputs.
+    """
+    if example_inputs is None:
+        raise StateError("prepare: static quantization traces the model; give example_inputs=(x,), one call's arguments")
+    model, assignment = open_attentions(model, assignment)
+    try:
+        traced, _ = trace(model, example_inputs)
+    except ModelError:
+        if not _can_do_without(model, example_inputs):
+            raise
+        quantized, left = model, list(assignment)
+    else:
+        quantized, left = traced, _on_graph(traced, assignment, runtime)
+    for path in left:
+        if weights(quantized.get_submodule(path)):
+            config = without_graph(quantized.get_submodule(path), assignment[path])
+            quantized = in_place(quantized, path, config, runtime)
+    if not any(isinstance(m, Fused) for m in quantized.modules()):
+        raise ModelError(
+            f"quantize: none of {list(assignment)[:3]} is called as a layer of a known class; use mode='dynamic' or 'weight_only'"
+        )
+    _wait_for_milestones(quantized, next(iter(assignment.values())))
+    _try(quantized, example_inputs)
+    return quantized
+
+
+def _on_graph(traced: QuantizableGraph, assignment: dict[str, Quantize], runtime: Target) -> list[str]:
+    """Case 1, in place; returns the paths of the others."""
+    left = fuse(traced, assignment, runtime)
+    check(traced)
+    if len(left) < len(assignment):
+        place(traced, assignment, runtime)
+    traced.graph.eliminate_dead_code()
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    forget(traced.graph)
+    return [path for path in left if path in dict(traced.named_modules())]
+
+
+def _can_do_without(model: nn.Module, example_inputs: tuple[Any, ...]) -> bool:
+    """True where a model that symbolic tracing cannot follow can be quantized layer by layer, and exported."""
+    if any(isinstance(m, _BatchNorm) for m in model.modules()):
+        return False
+    try:
+        torch.export.export(model.eval(), example_inputs, strict=False)
+    except Exception:
+        return False
+    return True
+
+
+def _wait_for_milestones(model: nn.Module, config: Quantize) -> None:
+    if config.milestones is not None:
+        for part in model.modules():
+            if isinstance(part, Fused | ActivationQuantizer):
+                part.enable_fake_quant(False)
+
+
+def _try(model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
+    """One call in evaluation mode, before any quantizer has seen data: it must run."""
+    try:
+        share_inputs(model, example_inputs)
+    except (RuntimeError, TypeError) as error:
+        raise ModelError(f"quantize: the traced model does not take the example inputs: {str(error).splitlines()[0]}") from error
