@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     try:
         apply_plan(fresh, header["plan"])
         rebuilt = _rebuild(fresh, header, tensors, str(path))
-        rebuilt.load_state_dict(tensors, strict=True)
+        rebuilt.load_state_dict(_versioned(tensors, rebuilt), strict=True)
     except TorchoptError:
         raise
     except (RuntimeError, KeyError, AttributeError, ValueError) as error:
@@ -135,6 +136,13 @@ def _rebuild(fresh: nn.Module, header: Header, tensors: Mapping[str, torch.Tenso
     for name, fields in header["traced"]["quantizers"].items():
         fresh.add_module(name, FixedQuantize.described(fields))
     return rebuild(header["traced"]["graph"], fresh, where)
+
+
+def _versioned(tensors: Mapping[str, torch.Tensor], model: nn.Module) -> Mapping[str, torch.Tensor]:
+    """The tensors with the versions that the model's modules write today; some refuse a state without (MNASNet)."""
+    state = OrderedDict(tensors)
+    state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    return state
 
 
 def _add_biases(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -1,8 +1,8 @@
 """Structured pruning to a goal: a ratio of channels, a number of multiply-adds, or a latency measured in ONNX Runtime here.
 
-The engine (`prune/shrink_channels.py`) removes a given ratio; a goal is met by bisection over the ratio. Latency is not proportional
-to multiply-adds: ORT's float convolutions work in blocks of 16 channels, so a latency goal rounds widths to 16, measures each
-candidate against the dense network burst by burst, and keeps the one nearest below the goal.
+The engine (`prune/channels`) removes a given ratio; a goal is met by bisection over the ratio. Latency is not proportional to
+multiply-adds: ORT's float convolutions work in blocks of 16 channels, so a latency goal rounds widths to 16, measures each candidate
+against the dense network burst by burst, and keeps the one nearest below the goal.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from typing import Any
 
 from torch import nn
 
-from torchopt.errors import ConfigError, TargetError
+from torchopt.errors import ConfigError, ModelError, TargetError
 from torchopt.export import export
-from torchopt.prune.shrink_channels import check_importance, count_macs, remove_channels
-from torchopt.prune.shrink_outputs import Prunable
+from torchopt.prune.channels import Channels, count_macs
 from torchopt.runtime import benchmark
 from torchopt.runtime.benchmark import Row
 
@@ -50,21 +49,23 @@ def shrink(
     Args:
         model: the network; it is not touched. For importance "taylor", run backward on it first: its `.grad` are read.
         example_inputs: the positional arguments of one forward call; their shapes are what latency and multiply-adds are for.
-        ratio: fraction of each layer's output channels to remove, in (0, 1).
+        ratio: fraction of each width to remove, in (0, 1).
         max_macs: multiply-adds of one forward call to stay below.
         max_latency_ms: milliseconds of one call in ONNX Runtime, float, on this machine, to stay below.
-        importance: "magnitude", "taylor", "lamp", "fpgm", "bn_scale" or "random".
+        importance: how channels are ranked: "magnitude", "taylor", "lamp", "fpgm", "bn_scale" or "random".
         round_to: widths stay multiples of this; 8, or 16 for a latency goal.
         ignore: globs of modules whose output channels all stay.
-        global_ranking: rank the channels of all layers together.
-        isomorphic: rank layers with dependencies of the same shape together.
+        global_ranking: rank the channels of all widths together, so that some shrink more than others.
+        isomorphic: rank together only widths whose layers depend on one another in the same way (arXiv:2407.04616).
         threads: for the latency measurements.
 
     Raises:
         ConfigError: no goal, several goals, or one out of its range.
         TargetError: the goal cannot be reached; the best found is named.
         RuleError: a glob in `ignore` matches nothing.
-        ModelError: the channels cannot be followed through a module.
+        DataError: the network does not take the example inputs.
+        StateError: the network is prepared for training, or "taylor" finds no gradients.
+        ModelError: no channel can be removed; the first layer that keeps its channels, and why, is named.
 
     Example:
         >>> import torch
@@ -72,39 +73,42 @@ def shrink(
         >>> shrink(net, (torch.zeros(1, 3, 8, 8),), ratio=0.5)[0].out_channels
         16
     """
-    _check(ratio, max_macs, max_latency_ms)
-    check_importance(importance)
+    _check(ratio, max_macs, max_latency_ms, round_to)
+    channels = Channels(model, example_inputs, importance=importance, ignore=ignore)
     multiple = round_to if round_to is not None else 16 if max_latency_ms is not None else 8
 
-    cut = partial(
-        remove_channels,
-        model,
-        example_inputs,
-        importance=importance,
-        round_to=multiple,
-        ignore=ignore,
-        global_ranking=global_ranking,
-        isomorphic=isomorphic,
-    )
+    cut = partial(channels.without, round_to=multiple, global_ranking=global_ranking, isomorphic=isomorphic)
     if ratio is not None:
-        return cut(ratio)
+        return _to_ratio(channels, cut, ratio, multiple)
     if max_macs is not None:
         return _to_macs(cut, example_inputs, max_macs)
     assert max_latency_ms is not None
-    return _to_latency(model, cut, example_inputs, max_latency_ms, threads)
+    return _to_latency(model, channels, cut, example_inputs, max_latency_ms, threads)
 
 
-def _check(ratio: float | None, max_macs: int | None, max_latency_ms: float | None) -> None:
+def _check(ratio: float | None, max_macs: int | None, max_latency_ms: float | None, round_to: int | None) -> None:
     goals = {"ratio": ratio, "max_macs": max_macs, "max_latency_ms": max_latency_ms}
     given = {name: value for name, value in goals.items() if value is not None}
     if len(given) != 1:
         raise ConfigError(f"shrink: got {list(given) or 'no goal'}; give exactly one of ratio, max_macs and max_latency_ms")
     if ratio is not None and not 0 < ratio < 1:
         raise ConfigError(f"shrink: ratio={ratio}; a fraction of channels in (0, 1) is needed")
+    if round_to is not None and round_to < 1:
+        raise ConfigError(f"shrink: round_to={round_to}; a whole number of at least 1 is needed")
     for name in ("max_macs", "max_latency_ms"):
         value = goals[name]
         if value is not None and value <= 0:
             raise ConfigError(f"shrink: {name}={value}; a number above 0 is needed")
+
+
+def _to_ratio(channels: Channels, cut: Callable[[float], nn.Module], ratio: float, multiple: int) -> nn.Module:
+    small = cut(ratio)
+    if sum(p.numel() for p in small.parameters()) == sum(p.numel() for p in channels.model.parameters()):
+        widths = ", ".join(f"{group.layers[0]}: {len(group) * group.unit}" for group in channels.groups[:5])
+        raise ModelError(
+            f"shrink: ratio={ratio} with round_to={multiple} removes nothing ({widths}); a smaller round_to is needed"
+        )
+    return small
 
 
 def _to_macs(cut: Callable[[float], nn.Module], inputs: tuple[Any, ...], goal: int) -> nn.Module:
@@ -123,7 +127,9 @@ def _to_macs(cut: Callable[[float], nn.Module], inputs: tuple[Any, ...], goal: i
     return best
 
 
-def _to_latency(model: nn.Module, cut: Callable[..., nn.Module], inputs: tuple[Any, ...], goal: float, threads: int) -> nn.Module:
+def _to_latency(
+    model: nn.Module, channels: Channels, cut: Callable[..., nn.Module], inputs: tuple[Any, ...], goal: float, threads: int
+) -> nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         dense, path = Path(folder) / "dense.onnx", Path(folder) / "candidate.onnx"
         export(model, inputs, dense, pack=False)
@@ -138,8 +144,7 @@ def _to_latency(model: nn.Module, cut: Callable[..., nn.Module], inputs: tuple[A
                 lambda repeats: benchmark([dense, path], threads=threads, repeats=repeats, progress=False).rows[1], goal / stand
             )
 
-        names = [name for name, module in model.named_modules() if isinstance(module, Prunable)]
-        return _bisect(cut, latency, goal, names)
+        return _bisect(cut, latency, goal, [group.layers[0] for group in channels.groups])
 
 
 def _settled_ratio(measure: Callable[[int], Row], goal: float) -> float:

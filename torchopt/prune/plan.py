@@ -1,8 +1,8 @@
 """The architecture plan: which sizes a shrunken network has, as plain data, so that it reloads into a freshly built original.
 
-Removing channels changes shapes of tensors and the hyper-parameters that modules remember (`out_channels`, `num_features`, …). The
-plan records both for every module; applying it to the original network resizes what differs and touches nothing else. It holds no
-code and no tensors: those go into safetensors beside it (`torchopt.save`).
+Removing channels changes shapes of tensors and the hyper-parameters that modules remember (`out_channels`, `num_features`, …), and
+attention that lost heads is no longer torch's own. The plan records all three; applying it to the original network resizes what
+differs and touches nothing else. It holds no code and no tensors: those go into safetensors beside it (`torchopt.save`).
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ import torch
 from torch import nn
 
 from torchopt.errors import StateError
+from torchopt.prune.channels.attention import HeadAttention, adopt
+from torchopt.prune.channels.cut import HEADS, WIDTHS
 
 SIZES = (
     "in_channels", "out_channels", "groups",  # convolutions
     "in_features", "out_features",  # linear
     "num_features", "num_channels", "num_groups", "num_parameters", "normalized_shape",  # norms, PReLU
     "num_embeddings", "embedding_dim",  # embedding
-    "embed_dim", "num_heads", "head_dim", "kdim", "vdim", "hidden_dim",  # attention
-    "input_size", "hidden_size",  # recurrent
+    "embed_dim", "head_dim", "kdim", "vdim",  # attention
+    "input_size", "hidden_size", "proj_size",  # recurrent
+    *HEADS, *WIDTHS,  # other people's modules
 )  # fmt: skip
 
-Plan = dict[str, dict[str, Any]]
+Plan = dict[str, Any]
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -31,10 +34,13 @@ def plan_of(model: nn.Module) -> Plan:
 
     Example:
         >>> plan_of(nn.Linear(3, 2))
-        {'sizes': {'': {'in_features': 3, 'out_features': 2}}, 'shapes': {'weight': [2, 3], 'bias': [2]}}
+        {'sizes': {'': {'in_features': 3, 'out_features': 2}}, 'shapes': {'weight': [2, 3], 'bias': [2]}, 'heads': []}
     """
-    sizes = {name: found for name, module in model.named_modules() if (found := _sizes(module))}
-    return {"sizes": sizes, "shapes": {name: list(tensor.shape) for name, tensor in model.state_dict().items()}}
+    return {
+        "sizes": {name: found for name, module in model.named_modules() if (found := _sizes(module))},
+        "shapes": {name: list(tensor.shape) for name, tensor in model.state_dict().items()},
+        "heads": [name for name, module in model.named_modules() if isinstance(module, HeadAttention)],
+    }
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> None:
@@ -53,9 +59,13 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
         >>> net.in_features, tuple(net.weight.shape)
         (3, (2, 3))
     """
-    if not isinstance(plan, dict) or set(plan) != {"sizes", "shapes"}:
+    if not isinstance(plan, dict) or not {"sizes", "shapes"} <= set(plan):
         raise StateError("apply_plan: this is no architecture plan; give what torchopt.save wrote")
     modules = dict(model.named_modules())
+    for name in plan.get("heads", ()):
+        if not isinstance(modules.get(name), nn.MultiheadAttention):
+            raise StateError(f"apply_plan: {name} is no nn.MultiheadAttention here; give the network that was saved")
+    adopt(model, plan.get("heads", ()))
     for name, sizes in plan["sizes"].items():
         for attribute, size in sizes.items():
             if name in modules and attribute in modules[name].__dict__:

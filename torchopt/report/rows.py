@@ -24,7 +24,7 @@ from torchopt.export.decoders import DOMAIN
 from torchopt.export.pack import unpack_model
 from torchopt.export.read import read
 from torchopt.grid import Grid, grids
-from torchopt.prune.shrink_channels import skipped_of
+from torchopt.prune.channels import skipped_of
 from torchopt.state import find_state
 from torchopt.weights import Skipped, Weight, is_pruned, weights
 

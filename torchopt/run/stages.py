@@ -19,8 +19,8 @@ from torchopt.compress import calibrate, finalize, prepare, step
 from torchopt.data import Dataset
 from torchopt.one_shot import one_shot
 from torchopt.prune import unfinished
+from torchopt.prune.channels import skipped_of
 from torchopt.prune.plan import Plan, apply_plan, plan_of
-from torchopt.prune.shrink_channels import skipped_of
 from torchopt.recipe import Recipe, Shrink
 from torchopt.report import report as weight_report
 from torchopt.run.folder import Position, Tensors

@@ -1,0 +1,34 @@
+"""Multiply-adds of one forward call, counted as it runs."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from torchopt.prune.channels.attention import adopt
+from torchopt.prune.channels.trace import step_by_step
+
+
+def count_macs(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[int, int]:
+    """Return (multiply-adds of the convolutions and matrix products of one forward call, parameters).
+
+    Example:
+        >>> count_macs(nn.Linear(8, 4, bias=False), (torch.zeros(1, 8),))
+        (32, 32)
+        >>> count_macs(nn.MultiheadAttention(4, 2, bias=False), (torch.zeros(1, 4),) * 3)  # 4·4·4 and q·k, w·v
+        (72, 64)
+    """
+    twin = copy.deepcopy(model).eval().requires_grad_(False)
+    adopt(twin)  # attention as products, and not as one fused operator
+    for module in twin.modules():
+        if isinstance(module, nn.RNNBase):
+            module.forward = step_by_step(module.forward)  # type: ignore[method-assign]
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        twin(*example_inputs)
+    return counter.get_total_flops() // 2, sum(parameter.numel() for parameter in twin.parameters())
