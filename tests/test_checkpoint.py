@@ -58,9 +58,11 @@ def test_missing_truncated_and_foreign_files(tmp_path):
         torchopt.load(tmp_path / "foreign.safetensors", Net())
 
 
-def test_another_format_is_refused_by_name(tmp_path):
-    save_file({"a": torch.zeros(2)}, tmp_path / "m.safetensors", metadata={"torchopt": json.dumps({"format": 0})})
-    with pytest.raises(torchopt.FileError, match="has format 0, this torchopt reads format 1"):
+@pytest.mark.parametrize("theirs", [1, 3])
+def test_another_format_is_refused_by_name(tmp_path, theirs):
+    save_file({"a": torch.zeros(2)}, tmp_path / "m.safetensors", metadata={"torchopt": json.dumps({"format": theirs})})
+    message = rf"m\.safetensors: has format {theirs}, this torchopt reads format 2; use the torchopt that wrote it"
+    with pytest.raises(torchopt.FileError, match=message):
         torchopt.load(tmp_path / "m.safetensors", Net())
 
 

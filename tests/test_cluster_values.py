@@ -402,15 +402,30 @@ def test_refused_weights():
         torchopt.step(nn.Linear(8, 8))
 
 
-def test_frozen_and_tied_weights_are_reported():
-    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+def test_frozen_weights_are_reported():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     net[0].weight.requires_grad_(False)
-    net[3].weight = net[2].weight
     skipped = attach([(w, Cluster(n_clusters=4)) for w in weights(net)], preserve=True)
-    assert [(s.name, s.reason) for s in skipped] == [
-        ("0.weight", "frozen (requires_grad=False)"),
-        ("2.weight", "the same Parameter is used as 3.weight"),
-    ]
+    assert [(s.name, s.reason) for s in skipped] == [("0.weight", "frozen (requires_grad=False)")]
+
+
+def test_tied_weights_have_one_table():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    net[2].weight = net[0].weight
+    attach([(w, Cluster(n_clusters=4, gradient="sum")) for w in weights(net)], preserve=True)
+    first, second, third = (net[i].parametrizations.weight for i in range(3))
+    assert first[0] is third[0]
+    assert first.original is third.original
+    assert first[0] is not second[0]
+    assert len(list(net.parameters())) == 2 + 3 + 2  # originals, biases, tables
+    (net[0].weight.sum() + net[2].weight.sum()).backward()
+    torch.testing.assert_close(first[0].table.grad[0], 2.0 * first[0].member_counts()[0], rtol=0, atol=0)
+    twin = copy.deepcopy(net)
+    assert twin[0].parametrizations.weight[0] is twin[2].parametrizations.weight[0]
+    bake(net)
+    assert net[0].weight is net[2].weight
+    assert [list(m._parameters) for m in net] == [["weight", "bias"]] * 3
+    assert distinct(net[0].weight) == 4
 
 
 def test_a_weight_without_table_has_none():

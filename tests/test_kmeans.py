@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from torchopt.cluster.kmeans import kmeans, lloyd, squared_error
+from torchopt.cluster.kmeans import SINGLE_UP_TO, kmeans, lloyd, squared_error
 from torchopt.cluster.optimal import optimum
-from torchopt.cluster.points import SORTED_UP_TO, sorted_points
+from torchopt.cluster.points import in_order, merged, sorted_points
 from torchopt.cluster.seeds import start
 from torchopt.errors import ConfigError, ModelError
 
@@ -95,9 +95,9 @@ def test_never_above_scikit_learn():
 def test_large_data_reach_the_same_as_sorted_data(init):
     """Bins and their taking apart change nothing: a fixed point of Lloyd on all the sorted values."""
     rng = np.random.default_rng(3)
-    values = rng.standard_normal(SORTED_UP_TO + 70_001).astype(np.float32)
+    values = rng.standard_normal(SINGLE_UP_TO + 70_001).astype(np.float32)
     centres = kmeans(values, 16, init=init, iterations=2000)
-    again = lloyd(sorted_points(values, None, pinned=False), centres, pinned=False, iterations=1)
+    again = lloyd(in_order(values, None), centres, pinned=False, iterations=1)
     np.testing.assert_allclose(again, centres, rtol=0, atol=1e-6)
     # 16 levels of N(0, 1): the distortion of the Lloyd-Max quantizer is 0.009497 (Max 1960, table I)
     assert squared_error(values, centres) / len(values) == pytest.approx(0.009497, rel=0.01)
@@ -106,7 +106,7 @@ def test_large_data_reach_the_same_as_sorted_data(init):
 @pytest.mark.parametrize("shape", ["heavy tails", "one outlier", "crowded", "masses", "pinned zeros"])
 def test_large_uneven_data(shape):
     rng = np.random.default_rng(5)
-    values = rng.standard_normal(SORTED_UP_TO + 10_000).astype(np.float32)
+    values = rng.standard_normal(SINGLE_UP_TO + 10_000).astype(np.float32)
     mass, pinned = None, False
     if shape == "heavy tails":
         values = rng.standard_t(1.5, size=len(values)).astype(np.float32)
@@ -120,9 +120,10 @@ def test_large_uneven_data(shape):
         values[rng.random(len(values)) < 0.8] = 0.0
         pinned = True
     centres = kmeans(values, 8, importance=mass, pin_zero=pinned, iterations=2000)
-    points = sorted_points(values if not pinned else values[values != 0], mass, pinned=pinned)
+    ordered = in_order(values if not pinned else values[values != 0], mass)
+    points = merged(ordered, pinned=pinned)
     best = min(
-        squared_error(values, lloyd(points, start(points, 8, init, pinned=pinned, seed=s), pinned=pinned, iterations=2000), mass)
+        squared_error(values, lloyd(ordered, start(points, 8, init, pinned=pinned, seed=s), pinned=pinned, iterations=2000), mass)
         for init, s in (("kmeans++", 0), ("kmeans++", 1), ("kmeans++", 2), ("density", 0), ("linear", 0))
     )
     assert squared_error(values, centres, mass) <= best * (1 + 1e-5)
@@ -170,18 +171,18 @@ def test_constant_and_nearly_constant():
     near = 1.0 + np.arange(100) * 2.0**-40
     centres = kmeans(near, 4)
     np.testing.assert_allclose((centres - 1.0) * 2.0**40, [12, 37, 62, 87], atol=0.01)
-    flat = np.full(SORTED_UP_TO + 1, 0.5, np.float32)
+    flat = np.full(SINGLE_UP_TO + 1, 0.5, np.float32)
     np.testing.assert_array_equal(kmeans(flat, 16), [0.5])
 
 
 def test_tiny_range_of_large_data():
-    values = np.float32(1e-38) * np.random.default_rng(0).random(SORTED_UP_TO + 1).astype(np.float32)
+    values = np.float32(1e-38) * np.random.default_rng(0).random(SINGLE_UP_TO + 1).astype(np.float32)
     assert len(kmeans(values, 16)) == 16
 
 
-def test_empty_cluster_starts_again_at_the_farthest_point():
-    points = sorted_points(np.array([0.0, 0.1, 5.0, 9.0]), None, pinned=False)
-    np.testing.assert_allclose(lloyd(points, np.array([-5.0, 0.05, 100.0]), pinned=False, iterations=50), [0.05, 5.0, 9.0])
+def test_an_empty_cluster_takes_half_of_the_costliest():
+    values = in_order(np.array([0.0, 0.1, 5.0, 9.0]), None)
+    np.testing.assert_allclose(lloyd(values, np.array([-5.0, 0.05, 100.0]), pinned=False, iterations=50), [0.05, 5.0, 9.0])
 
 
 def test_optimum_leaves_no_cluster_empty():
@@ -270,7 +271,7 @@ def test_zero_importance_takes_a_value_out():
 
 
 def test_threads_do_not_matter():
-    values = np.random.default_rng(0).standard_normal(SORTED_UP_TO + 5).astype(np.float32)
+    values = np.random.default_rng(0).standard_normal(SINGLE_UP_TO + 5).astype(np.float32)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)

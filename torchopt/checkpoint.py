@@ -33,7 +33,7 @@ from torchopt.strict import build
 from torchopt.traced import describe, rebuild
 from torchopt.weights import IN_PROJECTION
 
-FORMAT = 1
+FORMAT = 2  # 1 had no member counts of shared values
 Header = dict[str, Any]
 
 

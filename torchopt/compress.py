@@ -31,7 +31,7 @@ from torchopt.prune import ConstantSparsity, Prune
 from torchopt.prune.plan import plan_of
 from torchopt.rules import Assigned, Rule, assign
 from torchopt.state import ATTRIBUTE, State, find_state, require_state
-from torchopt.weights import Skipped, Weight, find_weight, weights
+from torchopt.weights import Skipped, Weight, custom_weights, find_weight, weights
 
 
 def prepare(
@@ -64,7 +64,7 @@ def prepare(
         0.5
     """
     _refuse(model)
-    found = left_behind(weights(model)) if preserve else {}
+    found = left_behind(weights(model) + custom_weights(model)) if preserve else {}
 
     def quantized(trial: Sequence[Rule]) -> nn.Module:
         ready = attach(model, trial, example_inputs, found, target)
@@ -140,11 +140,11 @@ def finalize(model: nn.Module, *, unfinished: bool = False) -> nn.Module:
 
     Args:
         model: what `prepare` returned, bare or wrapped.
-        unfinished: bake masks as they are, also where their schedule has not reached its final sparsity (early stopping).
+        unfinished: bake masks and tables as they are, also where their schedules have not come to an end (early stopping).
 
     Raises:
-        StateError: the model was not prepared, a schedule has not reached its final sparsity, or an activation quantizer has
-            not seen data; the model is as before.
+        StateError: the model was not prepared, a schedule has not reached its final sparsity, shared values are still soft, or an
+            activation quantizer has not seen data; the model is as before.
     """
     prepared, state = require_state(model, "finalize")
     if not unfinished:
@@ -163,12 +163,18 @@ def _baked(prepared: nn.Module) -> nn.Module:
 
 
 def _check_schedules(prepared: nn.Module, step: int) -> None:
-    """Refuse masks that are less sparse than asked: training stopped early, or the training loop forgot `step`."""
+    """Refuse masks that are less sparse than asked, and soft tables: training stopped early, or forgot to call `step`."""
     waiting = pruning.unfinished(prepared, step)
     if waiting and step == 0:
         raise StateError(
             "finalize: step was never called, so no mask was ever computed; call torchopt.step(model) after each "
             "optimizer.step(), or compress without training by torchopt.one_shot(model, rules)"
+        )
+    soft = clustering.soft_until(prepared)
+    if soft:
+        raise StateError(
+            f"finalize: after step {step}, shared values are soft until step {soft}, and the final model's are hard; train on, set "
+            "Cluster.soft_until lower, or bake them as they are with finalize(model, unfinished=True)"
         )
     if waiting:
         more = f" ({len(waiting) - 1} more weights wait too)" if len(waiting) > 1 else ""
@@ -199,7 +205,11 @@ def _attach_scales(
     assignment = {a.weight.module_name: a.rule.quantize for a in assigned if a.rule.quantize is not None}
     if not assignment:
         return model
-    return quantization.attach(model, assignment, example_inputs, target=target)
+    custom: dict[str, list[str]] = {}
+    for a in assigned:
+        if a.weight.kind == "custom":
+            custom.setdefault(a.weight.module_name, []).append(a.weight.param)
+    return quantization.attach(model, assignment, example_inputs, target=target, params=custom)
 
 
 def _left_float(model: nn.Module, assigned: Sequence[Assigned]) -> list[Skipped]:
@@ -212,10 +222,11 @@ def _left_float(model: nn.Module, assigned: Sequence[Assigned]) -> list[Skipped]
 def _attach(model: nn.Module, assigned: Sequence[Assigned], found: Mapping[str, Left]) -> list[Skipped]:
     """Put masks, then tables, on the weights that the rules ask for and on those where an earlier round left some."""
     by_name = {a.weight.name: a.rule for a in assigned}
+    there = {weight.name: weight for weight in weights(model)}
     masks: list[tuple[Weight, Prune]] = []
     tables: list[tuple[Weight, Cluster]] = []
     for name in dict.fromkeys([*by_name, *found]):
-        weight, rule = find_weight(model, name), by_name.get(name, Rule())
+        weight, rule = there.get(name) or find_weight(model, name), by_name.get(name, Rule())
         if weight is None and not (rule.prune or rule.cluster or name in found):
             continue  # the forward does not use it: quantization has reported that
         if weight is None:

@@ -9,7 +9,7 @@ that the forward pass uses differ (ŵ = s·T[c], masked by m): a mask moves the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -40,7 +40,7 @@ class Weight:
         param: the attribute on it ("weight", "in_proj_weight", "weight_hh_l0").
         kind: "conv", "conv_transpose", "linear", "embedding", "rnn", "attention" or "custom".
         out_axis: the axis of the output channels (1 for transposed convolutions, else 0).
-        aliases: names of the other places where the same Parameter is used (tied weights).
+        twins: the other places where the same Parameter is used (tied weights).
     """
 
     module_name: str
@@ -48,12 +48,17 @@ class Weight:
     param: str
     kind: str
     out_axis: int = 0
-    aliases: tuple[str, ...] = ()
+    twins: tuple[Weight, ...] = field(default=(), repr=False)
 
     @property
     def name(self) -> str:
         """The parameter's name in the model's own `state_dict`: "layer1.0.conv1.weight"."""
         return f"{self.module_name}.{self.param}" if self.module_name else self.param
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """The names of the other places where the same Parameter is used."""
+        return tuple(twin.name for twin in self.twins)
 
     @property
     def value(self) -> torch.Tensor:
@@ -101,11 +106,29 @@ def weights(model: nn.Module) -> list[Weight]:
         for param, kind in _params(module):
             weight = Weight(module_name=module_name, module=module, param=param, kind=kind, out_axis=_out_axis(module))
             key = id(weight.trainable)
-            if key in found and found[key].name != weight.name:
-                first = found[key]
-                weight = _aliased(first, weight.name)
-            found[key] = weight
+            first = found.get(key, weight)
+            found[key] = weight if first.name == weight.name else replace(first, twins=(*first.twins, weight))
     return list(found.values())
+
+
+def custom_weights(model: nn.Module) -> list[Weight]:
+    """List the trainable Parameters of two dimensions or more that `weights` does not list: those of anyone's own modules.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 2), nn.LayerNorm(2))
+        >>> net.scale = nn.Parameter(torch.ones(2, 2))
+        >>> [w.name for w in custom_weights(net)]
+        ['scale']
+    """
+    listed = weights(model)
+    known = {id(w.trainable) for w in listed}
+    found = []
+    for module_name, module in model.named_modules():
+        for param, value in module._parameters.items():
+            if value is not None and value.dim() > 1 and value.requires_grad and id(value) not in known:
+                known.add(id(value))
+                found.append(Weight(module_name=module_name, module=module, param=param, kind="custom", out_axis=0))
+    return found
 
 
 def find_weight(model: nn.Module, name: str) -> Weight | None:
@@ -126,6 +149,14 @@ def find_weight(model: nn.Module, name: str) -> Weight | None:
     if kind is None and not has_parameter(module, param):
         return None
     return Weight(module_name=module_name, module=module, param=param, kind=kind or "custom", out_axis=_out_axis(module))
+
+
+def keeps_zeros(module: nn.Module, leaf: str) -> bool:
+    """True where something is parametrized on `module.<leaf>`, and gives 0 for each 0 in it."""
+    return parametrize.is_parametrized(module, leaf) and all(
+        getattr(p, "keeps_zeros", False)
+        for p in module.parametrizations[leaf]  # type: ignore[index, union-attr]
+    )
 
 
 def has_parameter(module: nn.Module, param: str) -> bool:
@@ -162,14 +193,3 @@ def _weight_kind(module: nn.Module) -> str | None:
 
 def _out_axis(module: nn.Module) -> int:
     return 1 if isinstance(module, _ConvTransposeNd) else 0
-
-
-def _aliased(first: Weight, alias: str) -> Weight:
-    return Weight(
-        module_name=first.module_name,
-        module=first.module,
-        param=first.param,
-        kind=first.kind,
-        out_axis=first.out_axis,
-        aliases=(*first.aliases, alias),
-    )

@@ -1,8 +1,19 @@
 """Shared values: few distinct weights per layer, found by exact one-dimensional k-means and trained with the model."""
 
-from torchopt.cluster.attach import attach, bake, shared_weights, table_of, update
+from torchopt.cluster.attach import attach, bake, shared_weights, soft_until, table_of, update
 from torchopt.cluster.config import Cluster
 from torchopt.cluster.kmeans import kmeans, squared_error
 from torchopt.cluster.shared import SharedWeights
 
-__all__ = ["Cluster", "SharedWeights", "attach", "bake", "kmeans", "shared_weights", "squared_error", "table_of", "update"]
+__all__ = [
+    "Cluster",
+    "SharedWeights",
+    "attach",
+    "bake",
+    "kmeans",
+    "shared_weights",
+    "soft_until",
+    "squared_error",
+    "table_of",
+    "update",
+]

@@ -18,10 +18,13 @@ from torch.nn.utils import parametrize
 from torchopt.cluster.config import MOST_CLUSTERS, Cluster
 from torchopt.cluster.kmeans import kmeans
 from torchopt.cluster.points import Array
-from torchopt.cluster.shared import SharedWeights, grid_scale
+from torchopt.cluster.shared import COUNT_EVERY, SharedWeights
+from torchopt.cluster.straight import grid_scale
 from torchopt.errors import ModelError, RuleError
 from torchopt.grid import set_grid
 from torchopt.weights import Skipped, Weight, is_pruned
+
+POSITION = "_torchopt_position"  # of a weight among its module's parameters, kept on the list of its parametrizations
 
 
 def attach(
@@ -64,11 +67,30 @@ def attach(
 
 def update(model: nn.Module, step: int) -> bool:
     """After optimizer step `step` (from 1): find the nearest entry of each weight anew where it is due; True if a table stands."""
-    tables = list(shared_weights(model))
-    for weight, shared in tables:
-        if step % shared.config.frequency == 0:
-            shared.refresh(weight.trainable, _mask(weight))
+    tables = {id(shared): (weight, shared) for weight, shared in shared_weights(model)}
+    for weight, shared in tables.values():
+        if shared.config.soft_until:
+            shared.softness.fill_(max(0.0, 1.0 - step / shared.config.soft_until))
+        turn, late = divmod(step, shared.config.frequency)
+        if not late:
+            _refresh(weight, shared)
+            if turn % COUNT_EVERY == 0:
+                shared.recount()
+        elif (mask := _mask(weight)) is not None:
+            shared.codes.mul_(shared.grouped(mask))  # weights masked since the last turn
     return bool(tables)
+
+
+def soft_until(model: nn.Module) -> int:
+    """Return the optimizer step until which some table of `model` is soft, 0 where none is."""
+    return max((shared.config.soft_until for _, shared in shared_weights(model) if shared.soft), default=0)
+
+
+def _refresh(weight: Weight, shared: SharedWeights) -> None:
+    try:
+        shared.refresh(weight.trainable)
+    except ModelError as error:
+        raise ModelError(f"{weight.name}: {error}") from None
 
 
 def bake(model: nn.Module) -> None:
@@ -89,7 +111,7 @@ def table_of(weight: Weight) -> Tensor | None:
 
 
 def shared_weights(model: nn.Module) -> Iterator[tuple[Weight, SharedWeights]]:
-    """Yield each weight that a table stands on, with its parametrization."""
+    """Yield each weight that a table stands on, with its parametrization; tied ones at each of their places."""
     for module_name, module in model.named_modules():
         stacks = module._modules.get("parametrizations")
         for leaf in list(stacks or ()):  # type: ignore[arg-type]
@@ -105,8 +127,6 @@ def _unfit(weight: Weight, config: Cluster, *, first: bool) -> str | None:
         return "depthwise (include_depthwise=False)"
     if config.skip_first and first:
         return "first of the matched layers (skip_first=True)"
-    if weight.aliases:
-        return f"the same Parameter is used as {', '.join(weight.aliases)}"
     if parametrize.is_parametrized(weight.module, _leaf_name(weight)):
         raise ModelError(
             f"{weight.name}: parametrized already; remove that parametrization, or call torchopt.finalize(model), first"
@@ -118,7 +138,7 @@ def _unfit(weight: Weight, config: Cluster, *, first: bool) -> str | None:
 
 def _put_on(weight: Weight, config: Cluster, preserve: bool, importance: Tensor | None) -> str | None:
     """Find the table and parametrize; or return why not."""
-    module, leaf, value = weight.module, _leaf_name(weight), weight.trainable.detach()
+    value = weight.trainable.detach()
     mask = _mask(weight)
     pinned = mask is not None or (preserve and bool((value == 0).any()))
     groups = _groups(value, config, weight.out_axis)
@@ -134,16 +154,25 @@ def _put_on(weight: Weight, config: Cluster, preserve: bool, importance: Tensor 
         tables.append(_table(rows[i][chosen], distinct, config, pinned, None if masses is None else masses[i][chosen]))
     table = torch.from_numpy(_padded(tables)).to(value.dtype).to(value.device)
     codes = torch.zeros(rows.shape, dtype=torch.uint8, device=value.device)
-    place = list(module._parameters).index(leaf)
-    shared = SharedWeights(config, table, codes, value.shape, out_axis=weight.out_axis, pinned=pinned, place=place)
-    shared.refresh(value, mask)
+    shared = SharedWeights(config, table, codes, value.shape, out_axis=weight.out_axis, pinned=pinned)
+    shared.refresh(value if mask is None else value * mask)
+    shared.recount()
+    for place in (weight, *weight.twins):
+        _register(place, shared)
+    return None
+
+
+def _register(weight: Weight, shared: SharedWeights) -> None:
+    """Parametrize one of the places where a Parameter is used; tied ones have one parametrization in common."""
+    module, leaf = weight.module, _leaf_name(weight)
+    position = list(module._parameters).index(leaf)
     parametrize.register_parametrization(module, leaf, shared, unsafe=True)
+    module.parametrizations[leaf].__dict__[POSITION] = position  # type: ignore[index, union-attr]
     shared.train(module.training)
-    if isinstance(module, nn.RNNBase) and mask is None:
+    if isinstance(module, nn.RNNBase) and _mask(weight) is None:
         module.register_forward_pre_hook(_publish)
         module.register_forward_hook(_withdraw, always_call=True)
         _withdraw(module)
-    return None
 
 
 def _table(values: Array, distinct: Array, config: Cluster, pinned: bool, importance: Array | None) -> Array:
@@ -216,8 +245,7 @@ def _strip(module: nn.Module, leaf: str, parameter: nn.Parameter) -> None:
     """Take the parametrization of `leaf` off this module only, and put the Parameter back in its place among the others."""
     stacks = module.parametrizations
     assert isinstance(stacks, nn.ModuleDict)
-    shared = _shared_of(module, leaf)
-    assert shared is not None
+    position = stacks[leaf].__dict__[POSITION]
     del stacks[leaf]
     kind = type(module)
     if len(stacks):  # something of the user's remains: a class like the injected one, without our attribute
@@ -228,7 +256,7 @@ def _strip(module: nn.Module, leaf: str, parameter: nn.Parameter) -> None:
         module.__class__ = kind.__bases__[0]
     others = list(module._parameters.items())
     module._parameters.clear()
-    module._parameters.update([*others[: shared.place], (leaf, parameter), *others[shared.place :]])
+    module._parameters.update([*others[:position], (leaf, parameter), *others[position:]])
     if isinstance(module, nn.RNNBase):
         _remove_hooks(module)
 

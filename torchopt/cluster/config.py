@@ -31,8 +31,10 @@ class Cluster:
         channels_per_table: with `per_channel`, how many neighbouring output channels share a table.
         gradient: a table entry gets the "mean" or the "sum" of its members' gradients.
         frequency: the nearest entry of each weight is found anew every so many steps.
-        soft: train with soft assignment (DKM, Cho et al. 2022, arXiv 2108.12659); evaluation and the final model are hard.
-        temperature: of the soft assignment, in units of the squared distance between neighbouring entries: near 0 is hard.
+        soft_until: the optimizer step until which assignment is soft (DKM, Cho et al. 2022, arXiv 2108.12659); 0 is hard from the
+            start. Give it a third of the steps or more after that: batch norms must see the hard weights before the model is final.
+        temperature: of the soft assignment at first, in units of the squared distance between neighbouring entries; it falls
+            linearly to 0, which is hard.
         table_bits: 2 … 8 puts the table on a symmetric integer grid of that many bits; None leaves it in floating point.
         seed: of the "kmeans++" and "random" starts.
         include_depthwise: cluster depthwise convolutions too.
@@ -53,7 +55,7 @@ class Cluster:
     channels_per_table: int = 1
     gradient: Literal["mean", "sum"] = "mean"
     frequency: int = 1
-    soft: bool = False
+    soft_until: int = 0
     temperature: float = 0.1
     table_bits: int | None = None
     seed: int = 0
@@ -68,9 +70,10 @@ class Cluster:
         _check_whole("channels_per_table", self.channels_per_table, 1)
         _check_whole("frequency", self.frequency, 1)
         _check_whole("seed", self.seed, 0)
+        _check_whole("soft_until", self.soft_until, 0)
         if self.table_bits is not None:
             _check_whole("table_bits", self.table_bits, 2, 8)
-        for name in ("per_channel", "soft", "include_depthwise", "skip_first"):
+        for name in ("per_channel", "include_depthwise", "skip_first"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"Cluster.{name}: got {getattr(self, name)!r}; true or false is needed")
         if isinstance(self.temperature, bool) or not isinstance(self.temperature, int | float) or not 0 < self.temperature <= 10:

@@ -15,10 +15,13 @@ import numpy as np
 
 from torchopt.cluster.config import check_clusters, check_init
 from torchopt.cluster.optimal import optimum
-from torchopt.cluster.points import SORTED_UP_TO, Array, Histogram, Points, make_points, sorted_points
+from torchopt.cluster.points import Array, Points, Sorted, in_order, merged
+from torchopt.cluster.refill import refill
 from torchopt.cluster.seeds import start
 from torchopt.errors import ConfigError, ModelError
 
+SINGLE_UP_TO = 1 << 17  # distinct values; more are grouped, but for Lloyd's iterations
+SUMMARY = 8192  # groups
 EXACT_UP_TO = 6000  # distinct values: 16 clusters in 60 ms
 GROUPS = 512  # grouped points for the optimum of larger data, and at least 16 a cluster
 
@@ -62,40 +65,64 @@ def kmeans(
         flat, masses = _without_zeros(flat, masses)
     if not len(flat):
         return np.zeros(1)
-    histogram = _histogram(flat, masses, n_clusters, pin_zero)
-    points = sorted_points(flat, masses, pinned=pin_zero) if histogram is None else histogram.points()
+    ordered = in_order(flat, masses)
+    points = _points(ordered, pinned=pin_zero)
     if len(points) + pin_zero <= n_clusters:
         return np.union1d(points.x, [0.0]) if pin_zero else points.x
     if init == "optimal":
-        centres = optimum(points if len(points) <= EXACT_UP_TO else _grouped(points, n_clusters), n_clusters, pinned=pin_zero)
+        few = points if len(points) <= EXACT_UP_TO else ordered.grouped(max(GROUPS, 16 * n_clusters), pinned=pin_zero)
+        centres = optimum(few, n_clusters, pinned=pin_zero)
     else:
         centres = start(points, n_clusters, init, pinned=pin_zero, seed=seed)
-    centres = lloyd(points, centres, pinned=pin_zero, iterations=iterations)
-    if histogram is not None and iterations:
-        centres = _take_apart(histogram, centres, pin_zero, iterations)
-    return centres
+    return lloyd(ordered, centres, pinned=pin_zero, iterations=iterations)
 
 
-def lloyd(points: Points, centres: Array, *, pinned: bool, iterations: int) -> Array:
-    """Move each centre to the mean of the points nearest to it until no border moves; 0 stays where `pinned`.
+def lloyd(values: Sorted, centres: Array, *, pinned: bool, iterations: int) -> Array:
+    """Move each centre to the mean of the values nearest to it until no border moves; 0 stays where `pinned`.
 
-    A centre that loses all its points starts again at the point that is farthest from its own centre.
+    A centre that loses all its values takes over half of the costliest run (`refill`).
     """
     seen: Array | None = None
     for _ in range(iterations):
-        edges = _edges(points, centres)
+        edges = _edges(values.x, centres)
         if seen is not None and np.array_equal(edges, seen):
             break
         seen = edges
-        means = points.means(edges)
+        means = values.means(edges)
         if pinned:
             means[np.argmin(np.abs(centres))] = 0.0
-        empty = np.flatnonzero(np.isnan(means))
-        if len(empty):
-            means = _reseed(points, edges, means, empty)
+        empty = np.isnan(means)
+        if empty.any():
+            means = _refilled(values, np.where(empty, centres, means), pinned)
             seen = None
-        centres = np.sort(means)
+        centres = np.sort(means[~np.isnan(means)])
     return centres
+
+
+def refilled(values: Array, centres: Array, *, pin_zero: bool) -> Array:
+    """Return the centres (k,), ascending, of which those that no value is nearest to are moved to where they save most (`refill`).
+
+    The others stay, but for those whose values are shared out; a centre that nothing can be given stays too.
+
+    Example:
+        >>> refilled(np.array([0.0, 0.0, 4.0, 6.0, 6.0]), np.array([0.0, 1.0, 5.0]), pin_zero=True).tolist()
+        [0.0, 6.0, 4.0]
+    """
+    flat, _ = _without_zeros(np.asarray(values).ravel(), None) if pin_zero else (np.asarray(values).ravel(), None)
+    if not len(flat):
+        return centres
+    moved = _refilled(in_order(flat, None), centres, pin_zero)
+    return np.where(np.isnan(moved), centres, moved)
+
+
+def _refilled(values: Sorted, centres: Array, pinned: bool) -> Array:
+    points = _points(values, pinned=pinned)
+    return refill(points, _edges(points.x, centres), centres, pinned=pinned)
+
+
+def _points(values: Sorted, *, pinned: bool) -> Points:
+    """The distinct values, or groups of neighbours where they are many."""
+    return merged(values, pinned=pinned) if values.distinct <= SINGLE_UP_TO else values.grouped(SUMMARY, pinned=pinned)
 
 
 def squared_error(values: Array, centres: Array, importance: Array | None = None) -> float:
@@ -111,53 +138,12 @@ def squared_error(values: Array, centres: Array, importance: Array | None = None
     return float(squares.sum() if importance is None else np.dot(squares, np.asarray(importance, np.float64).ravel()))
 
 
-def _edges(points: Points, centres: Array) -> Array:
+def _edges(x: Array, centres: Array) -> Array:
+    """Where the values nearest to each centre begin (k + 1,); borders in the precision of `x`, which numpy would convert otherwise."""
     borders = (centres[1:] + centres[:-1]) / 2
-    return np.concatenate(([0], np.searchsorted(points.x, borders), [len(points)]))
-
-
-def _reseed(points: Points, edges: Array, means: Array, empty: Array) -> Array:
-    filled = np.flatnonzero(edges[1:] > edges[:-1])
-    ends = np.concatenate((edges[filled], edges[filled + 1] - 1))
-    owners = np.concatenate((filled, filled))
-    away = np.abs(points.x[ends] - means[owners])
-    farthest = ends[np.argsort(-away, kind="stable")]
-    means = means.copy()
-    for cluster, point in zip(empty, dict.fromkeys(farthest.tolist())):
-        means[cluster] = points.x[point]
-    return means[~np.isnan(means)]
-
-
-def _take_apart(histogram: Histogram, centres: Array, pinned: bool, iterations: int) -> Array:
-    """Lloyd with the bins at the borders taken apart, until no border leaves them: the fixed point of the full data."""
-    for _ in range(8):
-        points, apart = histogram.split((centres[1:] + centres[:-1]) / 2)
-        centres = lloyd(points, centres, pinned=pinned, iterations=iterations)
-        borders = ((centres[1:] + centres[:-1]) / 2).astype(np.float32)
-        if apart[histogram.bin_of(borders)].all():
-            break
-    return centres
-
-
-def _grouped(points: Points, n_clusters: int) -> Points:
-    """Neighbours merged into few points: half of the groups evenly over the range, half evenly over the mass."""
-    count = max(GROUPS, 16 * n_clusters) // 2
-    by_value = np.searchsorted(points.x, np.linspace(points.x[0], points.x[-1], count + 1))
-    by_mass = np.searchsorted(points.mass, np.linspace(0.0, points.mass[-1], count + 1))
-    edges = np.unique(np.concatenate(([0], by_value, by_mass, [len(points)])))
-    edges = edges[edges <= len(points)]
-    return make_points(points.means(edges), np.diff(points.mass[edges]), pinned=points.shift == 0.0)
-
-
-def _histogram(flat: Array, masses: Array | None, n_clusters: int, pinned: bool) -> Histogram | None:
-    """Bins for large data, unless the values crowd into few of them."""
-    if len(flat) <= SORTED_UP_TO or flat.dtype != np.float32 or flat.min() == flat.max():
-        return None
-    if not 1e-30 < float(flat.max()) - float(flat.min()) < 1e30:  # where the bins' float32 arithmetic would leave its range
-        return None
-    histogram = Histogram(flat, masses, pinned=pinned)
-    crowded = histogram.uneven or np.count_nonzero(histogram.mass) < 16 * n_clusters
-    return None if crowded else histogram
+    rounded = borders.astype(x.dtype)
+    above = np.where(rounded < borders, np.nextafter(rounded, x.dtype.type(np.inf)), rounded)  # the same values lie below it
+    return np.concatenate(([0], np.searchsorted(x, above), [len(x)]))
 
 
 def _without_zeros(flat: Array, masses: Array | None) -> tuple[Array, Array | None]:

@@ -3,24 +3,21 @@
     cost(i, j) = Σ m·x² - (Σ m·x)² / Σ m        over the points i ≤ p < j, with masses m
 
 Weights are one-dimensional, so each cluster is a run of neighbours in sorted order, and all that k-means ever asks is sums over runs.
-Large tensors are not sorted (85 ms for 2.4 million values) but put into 65,536 bins with their exact sums (15 ms); `split` then takes the
-bins at the clusters' borders apart again, so that the result is that of the sorted data.
+Of many values (`Sorted`) the sums are kept at every 64th place only; what costs more than a few sums is done on groups of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-SORTED_UP_TO = 1 << 17  # sorting that many float32 values takes 4 ms, as long as binning and splitting them
-BINS = 1 << 16
-UNEVEN = 32  # a bin with more than 1/32 of all values hides too much: sort instead
+BLOCK = 64
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,7 +41,7 @@ class Points:
     def __len__(self) -> int:
         return len(self.x)
 
-    def cost(self, start: Array, stop: Array) -> Array:
+    def cost(self, start: Array | int, stop: Array | int) -> Array:
         """Squared error of the runs [start, stop) around their own means; 0 for empty runs."""
         mass = self.mass[stop] - self.mass[start]
         first = self.first[stop] - self.first[start]
@@ -61,7 +58,7 @@ class Points:
 
 def make_points(x: Array, mass: Array, *, pinned: bool) -> Points:
     """Build `Points` from ascending distinct `x` (m,) and positive `mass` (m,)."""
-    shift = 0.0 if pinned else float(np.dot(x, mass / mass.sum()))
+    shift = 0.0 if pinned else float((x * mass).sum() / mass.sum())
     centred = x - shift
     moment = mass * centred
     return Points(x=x, mass=_prefix(mass), first=_prefix(moment), second=_prefix(moment * centred), shift=shift)
@@ -69,71 +66,77 @@ def make_points(x: Array, mass: Array, *, pinned: bool) -> Points:
 
 def sorted_points(values: Array, importance: Array | None, *, pinned: bool) -> Points:
     """Sort `values` (n,), merge equal ones, and sum their masses (1 each without `importance`)."""
+    return merged(in_order(values, importance), pinned=pinned)
+
+
+def in_order(values: Array, importance: Array | None) -> Sorted:
+    """Sort `values` (n,), with their masses if there are any; numpy sorts a million float32 in 4 ms."""
     if importance is None:
-        ordered = np.sort(values)
-        starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
-        mass = np.diff(np.append(starts, len(ordered))).astype(np.float64)
-    else:
-        order = np.argsort(values, kind="stable")
-        ordered = values[order]
-        starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
-        mass = np.add.reduceat(importance[order], starts)
-    return make_points(ordered[starts].astype(np.float64), mass, pinned=pinned)
+        return Sorted(np.sort(values), None)
+    order = np.argsort(values, kind="stable")
+    return Sorted(values[order], importance[order])
 
 
-class Histogram:
-    """`BINS` bins of equal width over float32 `values` (n,), each with its exact mass and mean.
+def merged(ordered: Sorted, *, pinned: bool) -> Points:
+    """Equal values as one point."""
+    x = ordered.x
+    starts = np.flatnonzero(np.concatenate(([True], x[1:] != x[:-1])))
+    mass = np.diff(np.append(starts, len(x))) if ordered.weight is None else np.add.reduceat(ordered.weight, starts)
+    return make_points(x[starts].astype(np.float64), mass.astype(np.float64), pinned=pinned)
+
+
+class Sorted:
+    """Many values in ascending order, equal ones side by side, with their sums at every 64th place.
+
+    The mean of a run is the difference of two sums and of at most 63 values beside either; nothing else of the values' size is made.
 
     Args:
-        values: (n,) float32, not all equal.
-        importance: (n,) float64 masses, or None for 1 each.
-        pinned: whether zero is pinned (see `Points.shift`).
+        x: (n,) ascending.
+        weight: (n,) masses of theirs, or None for 1 each.
     """
 
-    def __init__(self, values: Array, importance: Array | None, *, pinned: bool) -> None:
-        self.values, self.importance, self.pinned = values, importance, pinned
-        self.low = values.min()
-        self.scale = np.float32(BINS / (float(values.max()) - float(self.low)))
-        self.index = self.bin_of(values)
-        masses = None if importance is None else torch.from_numpy(importance)
-        double = torch.from_numpy(values).double()
-        index = torch.from_numpy(self.index)
-        moment = double if masses is None else double * masses
-        self.mass: Array = torch.bincount(index, masses, minlength=BINS).double().numpy()
-        self.moment: Array = torch.bincount(index, moment, minlength=BINS).numpy()
+    def __init__(self, x: Array, weight: Array | None) -> None:
+        self.x, self.weight = x, weight
+        self.first = _block_sums(x if weight is None else x * weight)
+        self.mass = None if weight is None else _block_sums(weight)
 
-    def bin_of(self, x: Array) -> Array:
-        """The bins of `x`, int32; ascending with x, as float rounding is monotone."""
-        bins: Array = np.minimum((x - self.low) * self.scale, np.float32(BINS - 1)).astype(np.int32)
-        return bins
+    def __len__(self) -> int:
+        return len(self.x)
 
-    @property
-    def uneven(self) -> bool:
-        """True where one bin holds so much that its inside matters."""
-        return bool(self.mass.max() * UNEVEN > self.mass.sum())
+    @cached_property
+    def distinct(self) -> int:
+        """How many different values there are."""
+        return 1 + int(np.count_nonzero(self.x[1:] != self.x[:-1]))
 
-    def points(self) -> Points:
-        """Each bin that is not empty as one point at its mean."""
-        filled = np.flatnonzero(self.mass > 0)
-        return self._ascending(self.moment[filled] / self.mass[filled], self.mass[filled])
+    def means(self, edges: Array) -> Array:
+        """Means of the runs between `edges` (k + 1,) → (k,); NaN for empty runs."""
+        place = edges // BLOCK * BLOCK
+        near = np.minimum(place[:, None] + np.arange(BLOCK), len(self) - 1)  # (k + 1, BLOCK)
+        inside = np.arange(BLOCK) < (edges - place)[:, None]
+        weight = inside if self.weight is None else inside * self.weight[near]
+        first = self.first[edges // BLOCK] + (self.x[near] * weight).sum(1, dtype=np.float64)
+        mass = edges if self.mass is None else self.mass[edges // BLOCK] + weight.sum(1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means: Array = np.where(np.diff(edges) > 0, np.diff(first) / np.diff(mass), np.nan)
+        return means
 
-    def split(self, borders: Array, margin: int = 2) -> tuple[Points, Array]:
-        """Bins as points, but those within `margin` bins of the `borders` as their single values; and which bins those are."""
-        apart = np.zeros(BINS + 2 * margin, bool)
-        middle = np.clip(self.bin_of(borders.astype(np.float32)), 0, BINS - 1) + margin
-        for offset in range(-margin, margin + 1):
-            apart[middle + offset] = True
-        apart = apart[margin:-margin]
-        chosen = np.flatnonzero(np.take(apart, self.index))
-        singles = self.values[chosen].astype(np.float64)
-        single_mass = np.ones(len(singles)) if self.importance is None else self.importance[chosen]
-        filled = np.flatnonzero((self.mass > 0) & ~apart)
-        x = np.concatenate((self.moment[filled] / self.mass[filled], singles))
-        return self._ascending(x, np.concatenate((self.mass[filled], single_mass))), apart
+    def grouped(self, count: int, *, pinned: bool) -> Points:
+        """Neighbours merged into about `count` points: half of the groups evenly over the range, half evenly over the mass."""
+        by_value = np.searchsorted(self.x, np.linspace(self.x[0], self.x[-1], count // 2 + 1))
+        places = np.linspace(0.0, len(self), count // 2 + 1)
+        if self.mass is not None:
+            places = np.interp(np.linspace(0.0, self.mass[-1], len(places)), self.mass, np.arange(len(self.mass)) * BLOCK)
+        edges = np.unique(np.concatenate(([0], by_value, np.minimum(places.astype(np.int64), len(self)), [len(self)])))
+        means, mass = self.means(edges), np.diff(edges) if self.weight is None else np.add.reduceat(self.weight, edges[:-1])
+        distinct = np.flatnonzero(np.concatenate(([True], np.diff(means) > 0)))  # a value may reach over several groups
+        return make_points(means[distinct], np.add.reduceat(mass.astype(np.float64), distinct), pinned=pinned)
 
-    def _ascending(self, x: Array, mass: Array) -> Points:
-        order = np.argsort(x, kind="stable")
-        return make_points(x[order], mass[order], pinned=self.pinned)
+
+def _block_sums(terms: Array) -> Array:
+    """Sums of the terms before every 64th place, and before the end: (⌈n / 64⌉ + 1,) float64."""
+    whole = len(terms) // BLOCK * BLOCK
+    sums = terms[:whole].reshape(-1, BLOCK).sum(1, dtype=np.float64)
+    return _prefix(np.append(sums, terms[whole:].sum(dtype=np.float64)))
 
 
 def _prefix(terms: Array) -> Array:

@@ -3,7 +3,11 @@
     S(w) = Σ_j softmax_j(-(w - T[j])² / τ) · T[j]        τ = temperature · (median gap of the table)²
 
 S is smooth in w, so it is tabulated at 2,048 places between the smallest and the largest weight, and each weight takes the value of
-its bin: a (2048, k) matrix in place of DKM's (n, k). Gradient: exact to the table (through the tabulated values), straight through to w.
+its bin: a (2048, k) matrix in place of DKM's (n, k). Gradient: exact to the table (through the tabulated values), divided by its members
+where the mean is asked for; straight through to w.
+The temperature falls to 0 while training goes on, as batch norms that have seen soft weights only are wrong for hard ones (a network that
+is right in 86 % of cases with soft weights may be so in 68 % with hard ones, and in 85 % with batch norm measured anew).
+The bins of a single table are found anew in backward, from the weights, which the optimizer has not touched yet: nothing is kept.
 """
 
 from __future__ import annotations
@@ -13,6 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from torchopt.cluster.blocks import PER_THREAD, blocks, take_
+from torchopt.cluster.cells import Cells
+from torchopt.cluster.straight import Aggregated
+
 if TYPE_CHECKING:
     from torchopt.cluster.shared import SharedWeights
 
@@ -21,12 +29,16 @@ PLACES = 2048
 
 def soft_values(shared: SharedWeights, original: Tensor) -> Tensor:
     """Return softly shared weights of the shape of `original`."""
+    table = Aggregated.apply(shared.values(), shared)  # type: ignore[no-untyped-call]
+    cells = _cells(shared, original.detach())
+    if cells is not None:
+        tabulated = soft_table(cells.middles().float()[None], table, shared.temperature)[0]
+        return _SoftByCells.apply(original, tabulated, cells)  # type: ignore[no-any-return, no-untyped-call]
     weight = shared.grouped(original.detach())
-    table = shared.values()
     low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
     width = ((high - low) / PLACES).clamp(min=torch.finfo(torch.float32).tiny)
     middle = low + width * (torch.arange(PLACES, device=weight.device) + 0.5)  # (groups, PLACES)
-    tabulated = soft_table(middle, table, shared.config.temperature)
+    tabulated = soft_table(middle, table, shared.temperature)
     bins = ((weight - low) / width).clamp_(0, PLACES - 1).to(torch.int16)
     return _Soft.apply(original, tabulated, bins, shared)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -38,6 +50,43 @@ def soft_table(places: Tensor, table: Tensor, temperature: float) -> Tensor:
     distance = (places[:, :, None] - table[:, None, :]) ** 2  # (groups, p, k)
     attention = torch.softmax(-distance / tau[:, :, None], dim=2)
     return (attention * table[:, None, :]).sum(2)
+
+
+def _cells(shared: SharedWeights, weight: Tensor) -> Cells | None:
+    """The bins of a single table over float32 weights on the CPU; None where they would not do, or where a compiler traces."""
+    plain = len(shared.codes) == 1 and weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.is_contiguous()
+    if not plain or torch.compiler.is_compiling():
+        return None
+    low, high = torch.aminmax(weight)
+    return Cells.over(float(low), float(high), PLACES)
+
+
+class _SoftByCells(torch.autograd.Function):
+    """Look up by cell forward; sum by cell backward."""
+
+    @staticmethod
+    def forward(ctx: Any, original: Tensor, tabulated: Tensor, cells: Cells) -> Tensor:
+        ctx.save_for_backward(original)
+        ctx.cells = cells
+        value = torch.empty_like(original)
+        weight, flat, buffer = original.view(-1), value.view(-1), _buffer(original.numel())
+        for part, rows in blocks(len(weight)):
+            take_(flat[part], tabulated, cells.of_(buffer[: part.stop - part.start], weight[part]), rows)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        (original,) = ctx.saved_tensors
+        weight, flat, buffer = original.view(-1), gradient.float().reshape(-1), _buffer(original.numel())
+        total = torch.zeros(torch.get_num_threads(), PLACES)
+        for part, rows in blocks(len(weight)):
+            index = ctx.cells.of_(buffer[: part.stop - part.start], weight[part])
+            total[:rows].scatter_add_(1, index.view(rows, -1), flat[part].view(rows, -1))
+        return gradient, total.sum(0).to(gradient.dtype), None
+
+
+def _buffer(length: int) -> Tensor:
+    return torch.empty(min(length, PER_THREAD * torch.get_num_threads()))
 
 
 class _Soft(torch.autograd.Function):

@@ -12,9 +12,9 @@ the semantics:
   passes, and comes back at the next choice of masks if that update lifts it over the threshold (Zhu and Gupta 2017, arXiv
   1710.01878).
 
-Where something stands on `<param>_orig` (a table of shared values), it is no leaf, and the product is taken: then masked
-weights get no gradient. Under torch.compile nothing is done in forward; `update` has masked the Parameters after the
-optimizer's step.
+Where something stands on `<param>_orig`, it is no leaf. If that keeps zeros (a table of shared values, whose first is 0), its result
+over the masked Parameter is used as it is, and the semantics are the same; else the product is taken, and masked weights get no
+gradient. Under torch.compile nothing is done in forward; `update` has masked the Parameters after the optimizer's step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torchopt.errors import StateError
 from torchopt.prune.config import Prune
 from torchopt.prune.score import add_inputs, empty_gathered, gathered_name
-from torchopt.weights import Weight
+from torchopt.weights import Weight, keeps_zeros
 
 FLOOR = "_floor"
 
@@ -66,7 +66,7 @@ class Mask(BasePruningMethod):
         name = self._tensor_name
         leaf = module._parameters.get(f"{name}_orig")
         if leaf is None or not _is_own_leaf(leaf):
-            product = self.apply_mask(module)
+            product = getattr(module, f"{name}_orig") if keeps_zeros(module, f"{name}_orig") else self.apply_mask(module)
             if not isinstance(module, MaskedProjection):
                 setattr(module, name, product)
             return product

@@ -8,6 +8,7 @@ float16       weights rounded to half precision at the end
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,7 @@ from torchopt.quantize.attention import open_attentions
 from torchopt.quantize.blocks import FusedBlockLinear
 from torchopt.quantize.config import Quantize
 from torchopt.quantize.dynamic import FusedDynamicLinear
-from torchopt.quantize.in_place import WEIGHTS_LATER, in_place, twins
+from torchopt.quantize.in_place import WEIGHTS_LATER, in_place, twins, weights_later
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.recurrent import QuantizedRecurrent
 from torchopt.quantize.static import static
@@ -27,7 +28,12 @@ from torchopt.weights import IN_PROJECTION
 
 
 def attach(
-    model: nn.Module, assignment: dict[str, Quantize], example_inputs: tuple[Any, ...] | None, *, target: str = "ort-x86"
+    model: nn.Module,
+    assignment: dict[str, Quantize],
+    example_inputs: tuple[Any, ...] | None,
+    *,
+    target: str = "ort-x86",
+    params: Mapping[str, Sequence[str]] | None = None,
 ) -> nn.Module:
     """Return `model` with fake quantizers; it is changed in place where it is not traced.
 
@@ -36,6 +42,7 @@ def attach(
         assignment: what each module (by path) gets.
         example_inputs: one call's positional arguments; needed for static quantization, which runs the traced model once.
         target: the runtime.
+        params: Parameters of custom modules, by the module's path, that are weights too.
 
     Raises:
         ConfigError: an unknown target, or a mode that is not there.
@@ -52,7 +59,7 @@ def attach(
     others = {path: config for path, config in assignment.items() if config.mode not in ("static", "dynamic") and path in there}
     untraced = dynamic | others
     for path, config in (twins(model, untraced) | untraced).items():
-        model = in_place(model, path, config, runtime)
+        model = in_place(model, path, config, runtime, (params or {}).get(path, ()))
     return model
 
 
@@ -111,3 +118,6 @@ def settle_scales(model: nn.Module) -> None:
         elif isinstance(module, QuantizedRecurrent):
             for param in module._flat_weights_names:
                 settle(module, param)
+        elif WEIGHTS_LATER in module.__dict__:
+            for weight in weights_later(module):
+                settle(module, weight.param)

@@ -8,14 +8,12 @@ from torch import fx, nn
 from torchopt.errors import StateError
 from torchopt.grid import set_grid
 from torchopt.quantize.activations import ActivationQuantizer, FixedQuantize
-from torchopt.quantize.config import Quantize
 from torchopt.quantize.fuse import activation_of
-from torchopt.quantize.in_place import WEIGHTS_LATER
+from torchopt.quantize.in_place import WEIGHTS_LATER, weights_later
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.recurrent import QuantizedRecurrent
-from torchopt.quantize.weight_grid import along, weight_scale
+from torchopt.quantize.weight_grid import along, settle, weight_scale
 from torchopt.surgery import set_module
-from torchopt.weights import weights
 
 
 def bake(model: nn.Module) -> nn.Module:
@@ -40,7 +38,7 @@ def bake(model: nn.Module) -> nn.Module:
         elif isinstance(module, ActivationQuantizer):
             set_module(model, name, FixedQuantize.of(module))
         elif WEIGHTS_LATER in module.__dict__:
-            _snap(module, *module.__dict__.pop(WEIGHTS_LATER))
+            _snap(module)
     if not isinstance(model, fx.GraphModule):
         return model
     model.graph.lint()
@@ -103,17 +101,18 @@ def _ends_by(quantizer: ActivationQuantizer, top: float) -> bool:
 
 
 @torch.no_grad()
-def _snap(module: nn.Module, config: Quantize, bits: int) -> None:
-    """Round the weights of a module that no quantized layer stands for (recurrent, attention, tied)."""
-    for weight in weights(module):
-        if weight.module is not module:
-            continue
+def _snap(module: nn.Module) -> None:
+    """Round the weights of a module that no quantized layer stands for (recurrent cells, attention, custom ones)."""
+    found = weights_later(module)
+    config, bits, _ = module.__dict__.pop(WEIGHTS_LATER)
+    for weight in found:
         value = weight.trainable
         if config.mode == "float16":
             value.copy_(value.half().float())
             continue
-        axis = weight.out_axis if config.per_channel else None
+        axis = weight.out_axis if config.per_channel and not settle(module, weight.param) else None
         scale = weight_scale(value, 2 ** (bits - 1) - 1, axis)
         wide = along(scale, value.dim(), weight.out_axis)
         value.copy_((torch.round(value / wide) + 0.0) * wide)
         set_grid(module, weight.param, scale, bits, axis)
+    module.__dict__.pop("_shares", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -13,11 +14,12 @@ from torchopt.quantize.recurrent import RECURRENT
 from torchopt.quantize.rounded import FUSED_ROUNDED, rounded
 from torchopt.quantize.targets import Target
 from torchopt.surgery import get_module, set_module
+from torchopt.weights import Weight, weights
 
 WEIGHTS_LATER = "_torchopt_weights_later"  # modules whose weights are snapped when baked, and not before
 
 
-def in_place(model: nn.Module, path: str, config: Quantize, runtime: Target) -> nn.Module:
+def in_place(model: nn.Module, path: str, config: Quantize, runtime: Target, params: Sequence[str] = ()) -> nn.Module:
     """Swap one module for its quantized layer, where it has one; else its weights are snapped when baked."""
     module = get_module(model, path)
     bits = runtime.weight_bits(config)
@@ -28,7 +30,7 @@ def in_place(model: nn.Module, path: str, config: Quantize, runtime: Target) -> 
         recurrent = RECURRENT.get(type(module))
         layer = recurrent.of(module, config, bits) if recurrent else fused(module, config, bits)
     if layer is None:
-        module.__dict__[WEIGHTS_LATER] = (config, bits)
+        module.__dict__[WEIGHTS_LATER] = (config, bits, tuple(params))
         return model
     if isinstance(layer, Fused) and config.milestones is not None:
         layer.enable_fake_quant(False)
@@ -36,6 +38,12 @@ def in_place(model: nn.Module, path: str, config: Quantize, runtime: Target) -> 
         return layer
     set_module(model, path, layer)
     return model
+
+
+def weights_later(module: nn.Module) -> list[Weight]:
+    """The weights that `module` itself owns, those of its own kind and the custom ones, to be snapped when it is baked."""
+    custom = [Weight(module_name="", module=module, param=param, kind="custom") for param in module.__dict__[WEIGHTS_LATER][2]]
+    return [w for w in weights(module) if w.module is module] + custom
 
 
 def without_graph(module: nn.Module, config: Quantize) -> Quantize:

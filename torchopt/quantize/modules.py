@@ -156,6 +156,8 @@ class Fused(nn.Module):
         if bias is None or self.reads is None or not (self.reads.ready and self.reads.rounding):
             return bias
         step = self.reads.scale.detach()[0] * scale.detach()
+        if step.dim() and len(step) < len(bias):  # a transposed convolution in groups: each has the same scales
+            step = step.repeat(len(bias) // len(step))
         return torch.round(bias / step) * step
 
     def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
