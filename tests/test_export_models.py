@@ -113,6 +113,15 @@ def test_several_outputs_are_numbered(tmp_path) -> None:
     assert [v.name for v in graph.output] == ["output_0", "output_1"]
 
 
+def test_convolutions_in_three_dimensions_without_bias(tmp_path) -> None:
+    """The exporter gives them a bias of zeros, and of a shape that ONNX Runtime refuses when it runs the file."""
+    model = nn.Sequential(nn.Conv3d(3, 8, 3, bias=False), nn.BatchNorm3d(8), nn.ReLU(), nn.Conv3d(8, 2, 1)).eval()
+    x = torch.randn(2, 3, 4, 6, 6)
+    export(model, (x,), tmp_path / "m.onnx")
+    opened = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    np.testing.assert_allclose(opened.run(None, {"input": x.numpy()})[0], model(x).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
 def test_static_batch(tmp_path) -> None:
     export(seeded(Residual), (torch.randn(2, 3, 8, 8),), tmp_path / "m.onnx", dynamic_batch=False)
     dims = onnx.load(tmp_path / "m.onnx").graph.input[0].type.tensor_type.shape.dim

@@ -21,7 +21,7 @@ FAMILIES = [
 ]  # fmt: skip
 OTHERS = [
     "googlenet", "inception_v3", "mnasnet0_5", "resnext50_32x4d", "wide_resnet50_2", "swin_t", "maxvit_t", "alexnet", "vgg11_bn",
-    "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large", "efficientnet_v2_s",
+    "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large", "efficientnet_v2_s", "r3d_18",
 ]  # fmt: skip
 
 
@@ -90,8 +90,9 @@ def test_torchvision(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES + OTHERS)
 def test_every_family(name, tmp_path):
-    build, side = partial(torchvision_model, name), 299 if name == "inception_v3" else 224
-    check(build(), torch.randn(2, 3, side, side), tmp_path, build)
+    shape = {"inception_v3": (3, 299, 299), "r3d_18": (3, 8, 64, 64)}.get(name, (3, 224, 224))
+    build = partial(torchvision_model, name)
+    check(build(), torch.randn(2, *shape), tmp_path, build)
 
 
 def test_max_macs_is_met_closely():

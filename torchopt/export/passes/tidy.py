@@ -4,6 +4,7 @@
 2. Small constants (shapes, axes, zero biases) are computed now; a weight is never an operand of that.
 3. Identity nodes, repeated computations, repeated constants and nodes that nothing reads go; equal weights keep their two names.
 4. Doc strings and metadata go.
+5. Zeros added by a convolution that has no bias go: the exporter writes them, and in three dimensions with a wrong shape.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torchopt.export.passes.constants import SMALL, merge_equal
 
 
 class TidyPass(ir.passes.InPlacePass):
-    """Cases 1 to 4 of the module's docstring.
+    """Cases 1 to 5 of the module's docstring.
 
     Args:
         keep: initializers that must stay as they are, under their names: the model's weights.
@@ -49,8 +50,22 @@ class TidyPass(ir.passes.InPlacePass):
             common.ClearMetadataAndDocStringPass(),
         ):
             step(model)
+        self._drop_zero_biases(model.graph)
         merge_equal(model.graph, self.keep)
         return ir.passes.PassResult(model, modified=True)
+
+    def _drop_zero_biases(self, graph: ir.Graph) -> None:
+        for node in graph:
+            bias = node.inputs[2] if node.op_type in ("Conv", "ConvTranspose") and len(node.inputs) > 2 else None
+            if (
+                bias is not None
+                and bias.const_value is not None
+                and bias.name not in self.keep
+                and not bias.const_value.numpy().any()
+            ):
+                node.resize_inputs(2)
+                if not bias.uses():
+                    graph.initializers.pop(str(bias.name))
 
     def _may_fold(self, node: ir.Node) -> bool | None:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
