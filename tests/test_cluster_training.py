@@ -173,6 +173,7 @@ def test_entries_that_a_mask_empties_go_to_the_weights_that_are_left(size):
     left = net.weight.detach()[ready.weight_mask].numpy()
     best = squared_error(left, kmeans(left, 16, pin_zero=True))
     assert (made.member_counts() > 0).all()
+    torch.testing.assert_close(made.members, made.member_counts(), rtol=0, atol=0)  # by which the mean divides
     assert squared_error(left, made.table[0].detach().double().sort().values.numpy()) < 1.5 * best
 
 

@@ -175,7 +175,9 @@ def step_times(rounds: int) -> Times:
     model = torchvision.models.resnet18(weights=None)
     cases = {"float": trainer(copy.deepcopy(model), x, y, prepared=False)}
     for name, soft in (("hard", False), ("soft", True)):
-        ready = torchopt.prepare(model, [torchopt.Rule("*", cluster=torchopt.Cluster(n_clusters=K, soft_until=1_000_000 if soft else 0))])
+        ready = torchopt.prepare(
+            model, [torchopt.Rule("*", cluster=torchopt.Cluster(n_clusters=K, soft_until=1_000_000 if soft else 0))]
+        )
         cases[name] = trainer(ready, x, y, prepared=True)
     return interleave(cases, repeats=rounds, warmup=3)
 

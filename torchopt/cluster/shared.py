@@ -113,6 +113,7 @@ class SharedWeights(nn.Module):
         self._assign(weight)
         if self._refill(weight):
             self._assign(weight)
+            self.recount()  # else the mean over the new members would divide by none
 
     @torch.no_grad()
     def recount(self) -> None:
