@@ -75,7 +75,7 @@ class Deep(nn.Module):
         return y + self.drop(self.b(y))
 
 
-def test_what_regularizes_training_is_off_in_evaluation():
+def test_what_regularizes_training_is_off_in_evaluation(tmp_path):
     x = torch.randn(16, 3, 8, 8)
     ready = torchopt.prepare(Deep().train(), STATIC, (x[:1],))
     torchopt.calibrate(ready, [x], progress=False)
@@ -85,6 +85,8 @@ def test_what_regularizes_training_is_off_in_evaluation():
     assert torch.equal(ready(x), ready(x))
     final = torchopt.finalize(ready).eval()
     torch.testing.assert_close(final(x), ready(x), rtol=0, atol=0)
+    torchopt.export(final, (x[:1],), tmp_path / "m.onnx")
+    assert torchopt.inspect(tmp_path / "m.onnx").kernels["QLinearAdd"] == 1
 
 
 class Marked(nn.Module):

@@ -18,6 +18,7 @@ from torchopt.quantize.attention import open_attentions
 from torchopt.quantize.blocks import FusedBlockLinear
 from torchopt.quantize.config import Quantize
 from torchopt.quantize.dynamic import FusedDynamicLinear
+from torchopt.quantize.front import LEFT
 from torchopt.quantize.in_place import WEIGHTS_LATER, in_place, twins, weights_later
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.recurrent import QuantizedRecurrent
@@ -89,6 +90,8 @@ def left_float(model: nn.Module, assignment: dict[str, Quantize]) -> dict[str, s
 
 def _less(module: nn.Module | None, config: Quantize) -> str:
     """What a module lacks of its configuration; empty where it lacks nothing."""
+    if module is not None and LEFT in module.__dict__:
+        return str(module.__dict__[LEFT])
     if module is None or not (isinstance(module, Fused | QuantizedRecurrent) or WEIGHTS_LATER in module.__dict__):
         return "the traced graph does not call it as a layer of a known class; it stays float (mode='weight_only' reaches it)"
     if config.mode == "static" and _mode(module) == "weight_only":

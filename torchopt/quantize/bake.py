@@ -8,6 +8,7 @@ from torch import fx, nn
 from torchopt.errors import StateError
 from torchopt.grid import set_grid
 from torchopt.quantize.activations import ActivationQuantizer, FixedQuantize
+from torchopt.quantize.front import LEFT
 from torchopt.quantize.fuse import activation_of
 from torchopt.quantize.in_place import WEIGHTS_LATER, weights_later
 from torchopt.quantize.modules import Fused
@@ -30,6 +31,7 @@ def bake(model: nn.Module) -> nn.Module:
         _bake_activations(model)
     tied = Tied()
     for name, module in list(model.named_modules()):
+        module.__dict__.pop(LEFT, None)
         if isinstance(module, Fused | QuantizedRecurrent):
             plain = tied.again(module, module.bake())
             if not name:

@@ -24,11 +24,12 @@ from torch import fx, nn
 
 from torchopt.quantize.activations import ActivationQuantizer
 from torchopt.quantize.config import Quantize
+from torchopt.quantize.front import ENTRANCE
 from torchopt.quantize.fuse import activation_of
 from torchopt.quantize.layers import FusedLinear
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.targets import Target
-from torchopt.quantize.trace import example
+from torchopt.quantize.trace import example, regularizes
 
 SHARE_MODULES = (
     nn.MaxPool1d,
@@ -133,6 +134,8 @@ def _kind(traced: fx.GraphModule, node: fx.Node) -> str:
     """ "layer", "change", "share", "pass", or "" for what stays float."""
     if node.op == "call_module":
         module = traced.get_submodule(str(node.target))
+        if regularizes(module):
+            return "pass"
         for kind, classes in (("layer", Fused), ("share", SHARE_MODULES), ("pass", PASS_MODULES), ("change", CHANGE_MODULES)):
             if isinstance(module, classes):
                 return kind
@@ -171,7 +174,7 @@ def _integer(traced: fx.GraphModule, kinds: dict[fx.Node, str]) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node, kind in kinds.items():
         sources = _tensors(node)
-        if kind == "layer" or (kind and sources and all(source in found for source in sources)):
+        if kind == "layer" or node.meta.get(ENTRANCE) or (kind and sources and all(source in found for source in sources)):
             found.add(node)
     return found - _in_vain(traced, kinds, found)
 
@@ -199,7 +202,8 @@ def _users_to_round(traced: fx.GraphModule, node: fx.Node, kinds: dict[fx.Node, 
     if node.op == "output" or not users:
         return []
     if node not in integer:
-        return [u for u in users if u in integer and kinds[u] in ("layer", "change") and node in _tensors(u)]
+        readers = [u for u in users if u in integer and kinds[u] in ("layer", "change") and not u.meta.get(ENTRANCE)]
+        return [u for u in readers if node in _tensors(u)]
     if kinds[node] == "pass" or node.target in TUPLES:
         return []
     if len(users) == 1 and kinds[node] != "share" and activation_of(traced, users[0]) is not None:

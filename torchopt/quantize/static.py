@@ -20,6 +20,7 @@ from torchopt.quantize.activations import ActivationQuantizer
 from torchopt.quantize.attention import open_attentions
 from torchopt.quantize.config import Quantize
 from torchopt.quantize.corrections import check
+from torchopt.quantize.front import leave_front
 from torchopt.quantize.fuse import fuse
 from torchopt.quantize.in_place import in_place, without_graph
 from torchopt.quantize.modules import Fused
@@ -49,6 +50,7 @@ def static(
             raise
         quantized, left = model, list(assignment)
     else:
+        assignment = leave_front(traced, assignment, runtime)
         quantized, left = traced, _on_graph(traced, assignment, runtime)
     for path in left:
         if weights(quantized.get_submodule(path)):
