@@ -88,7 +88,8 @@ class Weight:
 
 def is_pruned(module: nn.Module, param: str) -> bool:
     """True where a `torch.nn.utils.prune` mask stands on `module.<param>`."""
-    return f"{param}_mask" in module._buffers and hasattr(module, f"{param}_orig")
+    leaf = f"{param}_orig"  # not hasattr, which would have a table computed
+    return f"{param}_mask" in module._buffers and (leaf in module._parameters or parametrize.is_parametrized(module, leaf))
 
 
 def weights(model: nn.Module) -> list[Weight]:

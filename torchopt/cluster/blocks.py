@@ -11,6 +11,7 @@ has written there in the operation before. (Python threads gain nothing: torch's
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -18,69 +19,68 @@ import torch
 from torch import Tensor
 
 PER_THREAD = 1 << 17  # elements of a block: 512 KB of float32, less than a second-level cache; and above torch's grain of 32,768
-ALONE_BELOW = 1 << 15  # shorter tensors are done in one call of the plain operation
 SUMS_FROM = 1 << 18  # below, `bincount` is faster
 GATHER_FROM = 3  # threads: `gather` takes twice the time of `index_select`, which runs on one
 USES = 4  # a table of pairs is worth filling where each of its entries is used that often
 
 
-def blocks(length: int, rows: int | None = None) -> Iterator[tuple[slice, int]]:
-    """Yield slices that together cover `length`, each with the number of equal rows of even length that it divides into.
-
-    Args:
-        length: of the tensor.
-        rows: of a block; None is one for each of torch's threads.
-
-    Example:
-        >>> [(part.start, part.stop, rows) for part, rows in blocks(280_001, rows=2)]
-        [(0, 262144, 2), (262144, 280000, 2), (280000, 280001, 1)]
-    """
-    rows = torch.get_num_threads() if rows is None else rows
-    whole = length - length % (2 * rows)
-    for begin in range(0, whole, PER_THREAD * rows):
-        yield slice(begin, min(begin + PER_THREAD * rows, whole)), rows
-    if whole < length:
-        yield slice(whole, length), 1
+def whole_blocks(length: int) -> int:
+    """How many of `length` elements blocks cover: pairs in as many rows as torch has threads."""
+    return length - length % (2 * torch.get_num_threads())
 
 
-def take_(out: Tensor, source: Tensor, index: Tensor, rows: int) -> Tensor:
+def blocks(whole: int) -> Iterator[slice]:
+    """Yield slices that together cover `whole` elements, a number that `whole_blocks` has returned."""
+    size = max(1, block_of(whole))
+    for begin in range(0, whole, size):
+        yield slice(begin, min(begin + size, whole))
+
+
+def take_(out: Tensor, source: Tensor, index: Tensor) -> Tensor:
     """Set `out` (n,) to `source` (k,) at `index` (n,) int32, a row on each thread."""
+    rows = torch.get_num_threads()
     if rows < GATHER_FROM:
         return torch.index_select(source, 0, index, out=out)
-    wide = source.expand(rows, -1)
-    return torch.gather(wide, 1, index.view(rows, -1), out=out.view(rows, -1))
+    return torch.gather(source.expand(rows, -1), 1, index.view(rows, -1), out=out.view(rows, -1))
 
 
 def in_pairs(codes: Tensor, k: int) -> bool:
     """True where `codes` (n,) of a table of `k` entries are best read two at a time."""
-    likely: bool = codes.device.type == "cpu" and len(codes) >= max(ALONE_BELOW, USES * 256 * k)
-    return likely and sys.byteorder == "little" and codes.is_contiguous() and int(codes.storage_offset()) % 2 == 0
+    likely: bool = codes.device.type == "cpu" and len(codes) >= USES * 256 * k and sys.byteorder == "little"
+    return likely and codes.is_contiguous() and int(codes.storage_offset()) % 2 == 0
 
 
-def pair_blocks(codes: Tensor, k: int) -> Iterator[tuple[slice, Tensor, int]]:
-    """Yield blocks of `codes` (n,) uint8, n even, with their pairs as indices (n / 2,) int32 in a buffer that is used again."""
-    buffer = torch.empty(min(len(codes), PER_THREAD * torch.get_num_threads()) // 2, dtype=torch.int32)
-    for part, rows in blocks(len(codes)):
-        index = pairs_(buffer, codes[part])
-        yield part, index if k <= 128 else index.bitwise_and_(0xFFFF), rows
+def pairs_(buffer: Tensor, codes: Tensor, k: int) -> Tensor:
+    """The pairs of a block of codes (n,) uint8, of a table of `k` entries, as indices (n / 2,) int32 in `buffer`."""
+    both = codes.view(torch.int16)
+    index = buffer[: len(both)].copy_(both)
+    return index if k <= 128 else index.bitwise_and_(0xFFFF)  # the upper code is no sign
 
 
-def pairs_(buffer: Tensor, codes: Tensor) -> Tensor:
-    """Write the pairs of a block of codes (n,), n even, into the beginning of an int32 buffer, and return it (n / 2,).
+def block_of(length: int) -> int:
+    """How many elements the longest block of a tensor has."""
+    return min(length, PER_THREAD * torch.get_num_threads())
 
-    Pairs whose second code is 128 or more come out negative.
-    """
-    pairs = codes.view(torch.int16)
-    return buffer[: len(pairs)].copy_(pairs)
+
+def scratch(length: int, *, dtype: torch.dtype) -> Tensor:
+    """Memory (length,) to work in, the same at each call of a thread: new pages would cost more than the work."""
+    kept: Tensor | None = getattr(_kept, str(dtype), None)
+    if kept is None or len(kept) < length:
+        kept = torch.empty(length, dtype=dtype)
+        setattr(_kept, str(dtype), kept)
+    return kept[:length]
+
+
+_kept = threading.local()
 
 
 def pair_table(table: Tensor) -> Tensor:
     """All pairs of entries of `table` (k,) float32, as (256·k,) float64 of which each holds two."""
     entries = table.numpy()
-    pairs = np.empty((len(entries), 256, 2), np.float32)
-    pairs[:, : len(entries), 0] = entries
-    pairs[:, :, 1] = entries[:, None]
-    return torch.from_numpy(pairs.view(np.float64).reshape(-1))
+    both = np.empty((len(entries), 256, 2), np.float32)
+    both[:, : len(entries), 0] = entries
+    both[:, :, 1] = entries[:, None]
+    return torch.from_numpy(both.view(np.float64).reshape(-1))
 
 
 def look_up_(value: Tensor, table: Tensor, codes: Tensor) -> Tensor:
@@ -92,12 +92,16 @@ def look_up_(value: Tensor, table: Tensor, codes: Tensor) -> Tensor:
     """
     if table.dtype != torch.float32 or not in_pairs(codes, len(table)):
         return torch.index_select(table, 0, codes.int(), out=value)
-    even = len(codes) // 2 * 2
-    pairs, wide = pair_table(table), value[:even].view(torch.float64)
-    for part, index, rows in pair_blocks(codes[:even], len(table)):
-        take_(wide[part.start // 2 : part.stop // 2], pairs, index, rows)
-    value[even:] = table[codes[even:].int()]
+    whole, both, buffer = whole_blocks(len(codes)), pair_table(table), scratch(block_of(len(codes)) // 2, dtype=torch.int32)
+    for part in blocks(whole):
+        look_up_pairs_(value[part], both, codes[part], buffer)
+    value[whole:] = table[codes[whole:].int()]
     return value
+
+
+def look_up_pairs_(value: Tensor, both: Tensor, codes: Tensor, buffer: Tensor) -> None:
+    """`look_up_` for one block, with what `pair_table` and `scratch` have returned."""
+    take_(value.view(torch.float64), both, pairs_(buffer, codes, len(both) // 256))
 
 
 def sum_by_code(codes: Tensor, values: Tensor, k: int) -> Tensor:
@@ -111,17 +115,16 @@ def sum_by_code(codes: Tensor, values: Tensor, k: int) -> Tensor:
         return torch.zeros(k, dtype=torch.float64, device=values.device).index_add_(0, codes.int(), values.double())
     if len(codes) < SUMS_FROM or not in_pairs(codes, k):
         return torch.bincount(codes, values, minlength=k)
-    even = len(codes) // 2 * 2
+    whole, buffer, rows = whole_blocks(len(codes)), scratch(block_of(len(codes)) // 2, dtype=torch.int32), torch.get_num_threads()
     values = values.float()
     values = values.clone() if values.storage_offset() % 2 else values
-    total = torch.zeros(torch.get_num_threads(), 256 * k, dtype=torch.complex64)
-    wide = values[:even].view(torch.complex64)
-    for part, index, rows in pair_blocks(codes[:even], k):
-        piece = wide[part.start // 2 : part.stop // 2]
-        total[:rows].scatter_add_(1, index.view(rows, -1), piece.view(rows, -1))
-    both = torch.view_as_real(total).view(-1, k, 256, 2)  # by thread, and by the second and the first code of a pair
-    result = both[:, :, :k, 0].sum((0, 1), dtype=torch.float64) + both[..., 1].sum((0, 2), dtype=torch.float64)
-    return result.index_add_(0, codes[even:].int(), values[even:].double())
+    total, wide = torch.zeros(rows, 256 * k, dtype=torch.complex64), values[:whole].view(torch.complex64)
+    for part in blocks(whole):
+        index, block = pairs_(buffer, codes[part], k), wide[part.start // 2 : part.stop // 2]
+        total.scatter_add_(1, index.view(rows, -1), block.view(rows, -1))
+    both = total.numpy().view(np.float32).reshape(rows, k, 256, 2)  # by thread, and by the second and the first code of a pair
+    result = both[:, :, :k, 0].sum((0, 1), dtype=np.float64) + both[:, :, :k, 1].sum((0, 2), dtype=np.float64)
+    return torch.from_numpy(result).index_add_(0, codes[whole:].int(), values[whole:].double())
 
 
 def count_by_code(codes: Tensor, k: int) -> Tensor:

@@ -190,7 +190,7 @@ class SharedWeights(nn.Module):
     def _refill(self, weight: Tensor) -> bool:
         """Move entries that no weight uses to where they save most (`kmeans.refilled`); True if any moved."""
         k = self.table.shape[1]
-        if len(self.codes) == 1 and int((count_by_code(self.codes.view(-1)[:PROBE], k) > 0).sum()) == k:
+        if len(self.codes) == 1 and bool(torch.bincount(self.codes[0, :PROBE], minlength=k).all()):
             return False
         self.recount()
         groups = (self.members == 0).any(1).nonzero().view(-1).tolist()

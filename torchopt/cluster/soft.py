@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from torchopt.cluster.blocks import PER_THREAD, blocks, take_
+from torchopt.cluster.blocks import block_of, blocks, scratch, take_, whole_blocks
 from torchopt.cluster.cells import Cells
 from torchopt.cluster.straight import Aggregated
 
@@ -69,24 +69,28 @@ class _SoftByCells(torch.autograd.Function):
         ctx.save_for_backward(original)
         ctx.cells = cells
         value = torch.empty_like(original)
-        weight, flat, buffer = original.view(-1), value.view(-1), _buffer(original.numel())
-        for part, rows in blocks(len(weight)):
-            take_(flat[part], tabulated, cells.of_(buffer[: part.stop - part.start], weight[part]), rows)
+        weight, flat, buffer = original.view(-1), value.view(-1), scratch(block_of(original.numel()), dtype=torch.float32)
+        whole = whole_blocks(len(weight))
+        for part in blocks(whole):
+            take_(flat[part], tabulated, cells.of_(buffer[: part.stop - part.start], weight[part]))
+        flat[whole:] = tabulated[cells.of_(buffer[: len(weight) - whole], weight[whole:])]
         return value
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         (original,) = ctx.saved_tensors
-        weight, flat, buffer = original.view(-1), gradient.float().reshape(-1), _buffer(original.numel())
-        total = torch.zeros(torch.get_num_threads(), PLACES)
-        for part, rows in blocks(len(weight)):
+        weight, flat, buffer = (
+            original.view(-1),
+            gradient.float().reshape(-1),
+            scratch(block_of(original.numel()), dtype=torch.float32),
+        )
+        rows, whole = torch.get_num_threads(), whole_blocks(len(weight))
+        total = torch.zeros(rows, PLACES)
+        for part in blocks(whole):
             index = ctx.cells.of_(buffer[: part.stop - part.start], weight[part])
-            total[:rows].scatter_add_(1, index.view(rows, -1), flat[part].view(rows, -1))
+            total.scatter_add_(1, index.view(rows, -1), flat[part].view(rows, -1))
+        total[0].index_add_(0, ctx.cells.of_(buffer[: len(weight) - whole], weight[whole:]), flat[whole:])
         return gradient, total.sum(0).to(gradient.dtype), None
-
-
-def _buffer(length: int) -> Tensor:
-    return torch.empty(min(length, PER_THREAD * torch.get_num_threads()))
 
 
 class _Soft(torch.autograd.Function):
