@@ -163,14 +163,14 @@ def test_a_cut_in_the_wrong_place_is_seen():
     right = {("0.weight", 0): np.array([1, 2]), ("0.bias", 0): np.array([1, 2]), ("1.weight", 1): np.array([1, 2])}
     wrong = right | {("1.weight", 1): np.array([0, 2])}
     short = right | {("1.weight", 1): np.array([1])}
-    assert Proof(model, x).problem(right, [], [partial(cut, removed=right, bare={})]) == ("", 0)
-    assert Proof(model, x).problem(wrong, [], [partial(cut, removed=wrong, bare={})]) == (
+    assert Proof(model, x).problem(right, [], [partial(cut, removed=right)]) == ("", 0)
+    assert Proof(model, x).problem(wrong, [], [partial(cut, removed=wrong)]) == (
         "what is computed from them does not follow when some are removed",
         -1,
     )
-    problem, _ = Proof(model, x).problem(short, [], [partial(cut, removed=short, bare={})])
+    problem, _ = Proof(model, x).problem(short, [], [partial(cut, removed=short)])
     assert problem.startswith("the network does not run without some of them (")
-    assert Proof(model, x).problem(right, [], [lambda whole: None, partial(cut, removed=right, bare={})]) == ("", 1)
+    assert Proof(model, x).problem(right, [], [lambda whole: None, partial(cut, removed=right)]) == ("", 1)
 
 
 def test_a_branch_that_starts_at_zero_does_not_hide_a_wrong_cut():
@@ -186,7 +186,7 @@ def test_a_branch_that_starts_at_zero_does_not_hide_a_wrong_cut():
 
     model = Residual().eval()
     wrong = {("a.weight", 0): np.array([1]), ("a.bias", 0): np.array([1]), ("b.weight", 1): np.array([0])}
-    assert Proof(model, (torch.zeros(2, 4),)).problem(wrong, [], [partial(cut, removed=wrong, bare={})])[1] == -1
+    assert Proof(model, (torch.zeros(2, 4),)).problem(wrong, [], [partial(cut, removed=wrong)])[1] == -1
 
 
 def test_identities_join_and_fix():

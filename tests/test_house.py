@@ -73,7 +73,7 @@ def test_the_levels_are_all_in_use() -> None:
 
 @pytest.mark.parametrize(
     ("library", "allowed"),
-    [("torch.ao", r"^quantize/"), ("torch.onnx.export", r"^export/graph\.py$")],
+    [("torch.ao", r"^quantize/"), ("torch_pruning", r"^prune/channels/"), ("torch.onnx.export", r"^export/graph\.py$")],
 )
 def test_one_room_owns_each_engine(library: str, allowed: str) -> None:
     for path in SOURCES:

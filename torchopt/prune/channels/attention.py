@@ -22,15 +22,6 @@ from torchopt.errors import DataError
 class HeadAttention(nn.MultiheadAttention):
     """`nn.MultiheadAttention` with any number of heads of width `head_dim`; `adopt` makes one of an existing module."""
 
-    def refit(self) -> None:
-        """Read the sizes off the weights, in place; the width of a head stays."""
-        self.embed_dim, inner = self.out_proj.weight.shape
-        self.out_proj.out_features, self.out_proj.in_features = self.embed_dim, inner
-        self.num_heads = inner // self.head_dim
-        packed = self.in_proj_weight is not None
-        self.kdim = (self.in_proj_weight if packed else self.k_proj_weight).shape[1]
-        self.vdim = (self.in_proj_weight if packed else self.v_proj_weight).shape[1]
-
     def forward(
         self,
         query: torch.Tensor,

@@ -127,7 +127,8 @@ def _lively_input(x: Any) -> Any:
 def _zero(model: nn.Module, removed: Removed) -> None:
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     for (name, dim), indices in removed.items():
-        tensors[name].index_fill_(dim, torch.from_numpy(indices).to(tensors[name].device), 0.0)
+        if name in tensors:
+            tensors[name].index_fill_(dim, torch.from_numpy(indices).to(tensors[name].device), 0.0)
 
 
 class _WithoutRemoved(TorchDispatchMode):

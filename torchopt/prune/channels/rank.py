@@ -7,7 +7,9 @@
     bn_scale    |γ|          Liu et al., "Network slimming" (2017, arXiv:1708.06519)
 
 A channel's score is the mean over the slices of weights that are its own (rows of what writes it, columns of what reads it, its
-entries in norms), divided by the mean of its group, so that widths of different layers can be ranked together.
+entries in norms), divided by the mean of its group, so that widths of different layers can be ranked together. torch-pruning's
+importances see only those slices of convolutions, linear layers and norms that its own graph lists; these see every weight that a
+channel lies on: embeddings, recurrent layers, attention, other people's modules.
 """
 
 from __future__ import annotations

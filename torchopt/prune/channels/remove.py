@@ -124,8 +124,8 @@ class Channels:
     def _problem(self, which: list[int], gone: Sequence[np.ndarray]) -> tuple[str, int]:
         """What is wrong when these groups are cut, and which way of cutting is right; see `Proof.problem`."""
         groups, chosen = [self.groups[i] for i in which], [gone[i] for i in which]
-        removed, statistics, bare = self._consequences(groups, chosen)
-        plain = partial(cut, removed=removed, bare=bare)
+        removed, statistics = self._consequences(groups, chosen)
+        plain = partial(cut, removed=removed)
 
         def renamed(whole: nn.Module) -> nn.Module | None:
             small = plain(whole)
@@ -135,23 +135,21 @@ class Channels:
 
     def _consequences(
         self, groups: Sequence[Group], gone: Sequence[np.ndarray]
-    ) -> tuple[dict[Axis, np.ndarray], list[dict[int, np.ndarray]], dict[str, list[int | None]]]:
-        """What goes from weights, from what statistics see, and the sizes of norms that have no weights."""
+    ) -> tuple[dict[Axis, np.ndarray], list[dict[int, np.ndarray]]]:
+        """What goes from each axis of the weights, and from what each statistic sees."""
         labels = np.concatenate([group.labels[chosen] for group, chosen in zip(groups, gone, strict=True)] + [np.array([-1])])
 
         def goes(ids: Ids) -> np.ndarray:
-            return np.isin(self.labels[np.maximum(ids, 0)], labels) & (ids > 0)
+            return np.flatnonzero(np.isin(self.labels[np.maximum(ids, 0)], labels) & (ids > 0))
 
-        statistics = [{axis: np.flatnonzero(goes(ids)) for axis, ids in call.items()} for call in self.seen.statistics]
+        statistics = [{axis: goes(ids) for axis, ids in call.items()} for call in self.seen.statistics]
         bare = {
-            name: [int((~goes(ids)).sum()) if real(ids) else None for ids in axes]  # type: ignore[arg-type]
-            for name, axes in self.seen.bare.items()
+            (f"{name}.", dim): goes(ids) for name, axes in self.seen.bare.items() for dim, ids in enumerate(axes) if real(ids)
         }
-        return removed_indices(groups, gone), statistics, bare
+        return removed_indices(groups, gone) | {axis: indices for axis, indices in bare.items() if len(indices)}, statistics
 
     def _finished(self, gone: Sequence[np.ndarray], *, renamed: bool) -> nn.Module:
-        removed, _, bare = self._consequences(self.groups, gone)
-        small = cut(self.model, removed, bare)
+        small = cut(self.model, self._consequences(self.groups, gone)[0])
         if renamed:
             rename(small, self.model, self.groups, gone)
         release(small, self.original)
