@@ -50,7 +50,7 @@ def attach(
         ModelError: the model cannot be traced, or takes other inputs.
         StateError: example inputs are missing.
     """
-    runtime = target_named(target)
+    runtime, device = target_named(target), next((p.device for p in model.parameters()), None)
     on_graph = {path: config for path, config in assignment.items() if config.mode == "static"}
     if on_graph:
         model = static(model, on_graph, example_inputs, runtime)
@@ -61,6 +61,9 @@ def attach(
     untraced = dynamic | others
     for path, config in (twins(model, untraced) | untraced).items():
         model = in_place(model, path, config, runtime, (params or {}).get(path, ()))
+    for part in model.modules():
+        if isinstance(part, ActivationQuantizer):  # made on the CPU; torch's operators want range and data on one device
+            part.to(device)
     return model
 
 

@@ -112,7 +112,8 @@ class Train:
         label_smoothing: in [0, 1).
         distill: a `Distill`, True for its defaults, or False; the teacher is the float model of the run.
         precision: "float32", "bf16" (autocast), or "auto": bf16 where the device multiplies it in hardware of its own (GPUs from
-            compute capability 8.0 on, processors with AMX), float32 elsewhere, where bf16 would be slower, up to 20 times.
+            compute capability 8.0 on, processors with AMX or AVX512-BF16), float32 elsewhere, where bf16 would be slower, up to
+            20 times.
         augment: random changes of the pictures, or None.
         clip_norm: largest norm of the gradient, or None.
         device: "cpu", "cuda", or "auto": cuda where there is one.
@@ -161,7 +162,8 @@ class Train:
             return self.precision == "bf16"
         if device.type == "cuda":
             return torch.cuda.get_device_capability(device) >= (8, 0)
-        return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+        able = torch.cpu.get_capabilities()
+        return any(able.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
     def learning_rate(self, step: int, total: int) -> float:
         """Return the learning rate of step number `step` (0-based) of `total`.
