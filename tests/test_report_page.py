@@ -43,6 +43,12 @@ def test_summary_table():
         assert text in table, text
 
 
+def test_removed_channels_show_in_both():
+    shrunken = run() | {"macs": {"baseline": 37_156_608, "final": 11_029_288}}
+    assert "−70%" in summary_table(shrunken)
+    assert "−" not in summary_table(run() | {"macs": {"baseline": 1000, "final": 1000}})
+
+
 def test_the_page_is_whole_and_self_contained(tmp_path):
     write_html(run(), tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()

@@ -71,6 +71,7 @@ def test_the_report_has_what_the_contract_names(straight: tuple[Path, list[Path]
     assert report["size_bytes"]["final_gzip"] > 0
     assert report["latency_ms"]["baseline"] > 0
     assert report["latency_ms"]["final"] > 0
+    assert report["macs"]["final"] == report["macs"]["baseline"] > 0
     assert report["verify"]["weights_equal"] is True
     assert report["verify"]["top1_agreement"] >= 0.99
     assert report["verify"]["weights_compared"] == 10

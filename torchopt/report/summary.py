@@ -7,6 +7,7 @@ The report of a run is a plain dict, written to `report.json`:
     score         {name: "accuracy", baseline: float, final: float, stages: [{name, epoch, score}, …]}     fractions in [0, 1]
     size_bytes    {baseline: int, final: int, final_gzip: int, baseline_gzip: int}
     latency_ms    {baseline: float, final: float, ratio: float, threads: int, low/high quartiles}
+    macs          {baseline: int, final: int}     multiply-adds of one sample, which `shrink` makes fewer
     layers        [{name, shape, sparsity, distinct_values, bits, bytes, entropy_bits, techniques, histogram}, …]
     placement     {integer: [names], float: [names], layers: [{name, kernel, integer, reason, weight_bytes}, …], kernels: {type: count}}
     verify        {weights_equal: bool, max_steps: float | null, top1_agreement: float, samples: int, …}
@@ -49,7 +50,7 @@ def summary_rows(report: RunReport) -> list[tuple[str, str, str, str]]:
     steps = verdict.get("max_steps")
     count = sum(int(np.prod(layer["shape"])) for layer in report["layers"])
     zeros = sum(layer["sparsity"] * int(np.prod(layer["shape"])) for layer in report["layers"])
-    return [
+    rows = [
         (score.get("name", "accuracy"), f"{score['baseline']:.2%}", f"{score['final']:.2%}", _points(score)),
         ("file on disk, bytes", f"{size['baseline']:,}", f"{size['final']:,}", f"÷ {size['baseline'] / size['final']:.1f}"),
         (
@@ -63,6 +64,11 @@ def summary_rows(report: RunReport) -> list[tuple[str, str, str, str]]:
         ("weights equal torch's", "", "bit for bit" if verdict["weights_equal"] else "NO", ""),
         ("top-1 agreement with torch", "", f"{verdict['top1_agreement']:.2%}", "" if steps is None else f"≤ {steps:.1f} steps"),
     ]
+    macs = report.get("macs", {"baseline": 0, "final": 0})
+    if macs["final"] < macs["baseline"]:
+        share = 1 - macs["final"] / macs["baseline"]
+        rows.insert(3, ("multiply-adds", f"{macs['baseline']:,}", f"{macs['final']:,}", f"−{share:.0%}"))
+    return rows
 
 
 def histogram(value: np.ndarray, *, bins: int = 60) -> dict[str, Any]:

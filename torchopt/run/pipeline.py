@@ -24,6 +24,7 @@ from torchopt.data import Dataset
 from torchopt.errors import FileError, ModelError
 from torchopt.export import decode_initializers, export
 from torchopt.files import write_text
+from torchopt.prune.channels import count_macs
 from torchopt.recipe import Loaded, Recipe
 from torchopt.report import histogram, write_html
 from torchopt.report import report as weight_report
@@ -188,6 +189,7 @@ def _result(
     timing = benchmark([folder[BASELINE], folder[MODEL]], threads=config.threads, repeats=config.repeats, progress=progress)
     first, last = timing.rows
     weights, values = weight_report(folder[MODEL]).to_dict(), decode_initializers(folder[MODEL])
+    network = started_model(recipe, position.start, position.plan)  # as the last stage began: with its channels, still plain
     return {
         "score": {
             "name": "accuracy",
@@ -215,6 +217,7 @@ def _result(
             "load_baseline": first.load_ms,
             "load_final": last.load_ms,
         },
+        "macs": {name: count_macs(m, (data.example,))[0] for name, m in (("baseline", before), ("final", network))},
         "layers": [row | {"histogram": histogram(values[row["name"]])} for row in weights["rows"]],
         "totals": weights["totals"],
         "placement": inspect(folder[MODEL]).to_dict(),
