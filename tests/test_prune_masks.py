@@ -11,6 +11,7 @@ from torchopt.errors import ModelError
 from torchopt.prune import Prune, attach, finish, mask_of, update
 from torchopt.prune.pattern import conforms, largest_of_groups, pool_blocks, spread
 from torchopt.prune.select import SMALL, Scores, keep_largest, kth_largest
+from torchopt.prune.zero import BLOCK, zero_
 from torchopt.schedule import ConstantSparsity, MultiStep
 from torchopt.weights import weights
 
@@ -305,3 +306,24 @@ def test_a_score_that_is_nan_is_an_error():
     broken = Scores(name="conv.weight", values=torch.tensor([1.0, math.nan, 3.0]))
     with pytest.raises(ModelError, match=r"conv\.weight: a score is NaN"):
         keep_largest([broken], 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape", [(0,), (1,), (3, 5), (2, 3, 4, 5), (BLOCK + 7,), (3, BLOCK)], ids=lambda shape: "×".join(map(str, shape))
+)
+def test_zeros_in_place_equal_a_product_and_are_positive(shape, dtype):
+    weight, mask = torch.randn(shape, dtype=dtype), torch.rand(shape) > 0.5
+    expected, where, version = torch.where(mask, weight, 0.0), weight.data_ptr(), weight._version
+    assert zero_(weight, mask) is weight
+    torch.testing.assert_close(weight, expected, rtol=0, atol=0)
+    assert not torch.signbit(weight[~mask]).any()
+    assert (weight.data_ptr(), weight._version > version) == (where, weight.numel() > 0)
+
+
+def test_zeros_in_place_in_other_layouts():
+    weight, mask = torch.randn(8, 4, 3, 3), torch.rand(8, 4, 3, 3) > 0.5
+    expected, last = torch.where(mask, weight, 0.0), torch.channels_last
+    for laid in (weight.contiguous(memory_format=last), weight.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)):
+        for kept in (mask, mask.contiguous(memory_format=last)):
+            torch.testing.assert_close(zero_(laid.clone(), kept), expected, rtol=0, atol=0)

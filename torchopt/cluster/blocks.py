@@ -11,12 +11,13 @@ has written there in the operation before. (Python threads gain nothing: torch's
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from torchopt.scratch import scratch
 
 PER_THREAD = 1 << 17  # elements of a block: 512 KB of float32, less than a second-level cache; and above torch's grain of 32,768
 SUMS_FROM = 1 << 18  # below, `bincount` is faster
@@ -60,18 +61,6 @@ def pairs_(buffer: Tensor, codes: Tensor, k: int) -> Tensor:
 def block_of(length: int) -> int:
     """How many elements the longest block of a tensor has."""
     return min(length, PER_THREAD * torch.get_num_threads())
-
-
-def scratch(length: int, *, dtype: torch.dtype) -> Tensor:
-    """Memory (length,) to work in, the same at each call of a thread: new pages would cost more than the work."""
-    kept: Tensor | None = getattr(_kept, str(dtype), None)
-    if kept is None or len(kept) < length:
-        kept = torch.empty(length, dtype=dtype)
-        setattr(_kept, str(dtype), kept)
-    return kept[:length]
-
-
-_kept = threading.local()
 
 
 def pair_table(table: Tensor) -> Tensor:

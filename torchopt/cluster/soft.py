@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from torchopt.cluster.blocks import block_of, blocks, scratch, take_, whole_blocks
+from torchopt.cluster.blocks import block_of, blocks, take_, whole_blocks
 from torchopt.cluster.cells import Cells
 from torchopt.cluster.straight import Aggregated
+from torchopt.scratch import scratch
 
 if TYPE_CHECKING:
     from torchopt.cluster.shared import SharedWeights

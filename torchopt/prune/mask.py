@@ -29,6 +29,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torchopt.errors import StateError
 from torchopt.prune.config import Prune
 from torchopt.prune.score import add_inputs, empty_gathered, gathered_name
+from torchopt.prune.zero import zero_
 from torchopt.weights import Weight, keeps_zeros
 
 FLOOR = "_floor"
@@ -79,8 +80,7 @@ class Mask(BasePruningMethod):
     def multiply_(self, module: nn.Module, leaf: nn.Parameter) -> None:
         """Zero the masked weights of the Parameter in place, unless it has not changed since the last time."""
         if self.applied != (id(leaf), leaf._version, leaf.data_ptr()):
-            with torch.no_grad():  # uint8 instead of bool: torch's cast to float is vectorized
-                leaf.mul_(self.mask(module).view(torch.uint8))
+            zero_(leaf, self.mask(module))
             self.applied = (id(leaf), leaf._version, leaf.data_ptr())
 
     def mask(self, module: nn.Module) -> torch.Tensor:
