@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from torchopt.cluster.kmeans import SINGLE_UP_TO, kmeans, lloyd, squared_error
+from torchopt.cluster.counted import counted
+from torchopt.cluster.kmeans import COUNTED_FROM, SINGLE_UP_TO, kmeans, lloyd, squared_error
 from torchopt.cluster.optimal import optimum
 from torchopt.cluster.points import in_order, merged, sorted_points
 from torchopt.cluster.seeds import start
@@ -280,3 +281,37 @@ def test_threads_do_not_matter():
         np.testing.assert_array_equal(kmeans(values, 16), one)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("masses", [False, True])
+def test_values_counted_in_cells_settle_where_sorted_ones_do(masses):
+    rng = np.random.default_rng(9)
+    values = rng.laplace(size=COUNTED_FROM + 30_001).astype(np.float32)
+    mass = rng.exponential(size=len(values)) if masses else None
+    many = counted(values, mass, 16)
+    assert many is not None
+    np.testing.assert_allclose(
+        [many.mass.sum(), many.first.sum()],
+        [mass.sum() if masses else len(values), np.dot(values.astype(np.float64), mass if masses else np.ones(len(values)))],
+        rtol=1e-9,
+        atol=1e-4,
+    )
+    centres = kmeans(values, 16, importance=mass, iterations=3000)
+    again = lloyd(in_order(values, mass), centres, pinned=False, iterations=3000)
+    np.testing.assert_allclose(again, centres, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.random.default_rng(0).standard_normal(200_000),  # float64
+        np.append(np.random.default_rng(0).standard_normal(200_000), 1e6).astype(
+            np.float32
+        ),  # an outlier: all others in one cell
+        np.random.default_rng(0).integers(0, 200, 200_000).astype(np.float32),  # few distinct ones
+    ],
+    ids=["float64", "outlier", "few"],
+)
+def test_values_that_cells_do_not_resolve_are_sorted(values):
+    assert counted(values, None, 16) is None
+    assert len(kmeans(values, 16)) == 16

@@ -14,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from torchopt.cluster.config import check_clusters, check_init
+from torchopt.cluster.counted import Counted, counted
 from torchopt.cluster.optimal import optimum
 from torchopt.cluster.points import Array, Points, Sorted, in_order, merged
 from torchopt.cluster.refill import refill
@@ -21,6 +22,9 @@ from torchopt.cluster.seeds import start
 from torchopt.errors import ConfigError, ModelError
 
 SINGLE_UP_TO = 1 << 17  # distinct values; more are grouped, but for Lloyd's iterations
+COUNTED_FROM = 1 << 17  # values; more are counted in cells where they lie evenly enough
+SETTLES_IN = 100  # iterations; where fewer are allowed they are counted, on sorted values
+ROUNDS = 20  # of taking values near borders one by one; one or two are usual
 SUMMARY = 8192  # groups
 EXACT_UP_TO = 6000  # distinct values: 16 clusters in 60 ms
 GROUPS = 512  # grouped points for the optimum of larger data, and at least 16 a cluster
@@ -65,19 +69,48 @@ def kmeans(
         flat, masses = _without_zeros(flat, masses)
     if not len(flat):
         return np.zeros(1)
+    many = counted(flat, masses, n_clusters) if len(flat) > COUNTED_FROM and iterations >= SETTLES_IN else None
+    if many is not None:
+        centres = _first(many.points(pinned=pin_zero), n_clusters, init, pin_zero, seed)
+        return _settled(many, centres, pin_zero, iterations)
     ordered = in_order(flat, masses)
     points = _points(ordered, pinned=pin_zero)
     if len(points) + pin_zero <= n_clusters:
         return np.union1d(points.x, [0.0]) if pin_zero else points.x
-    if init == "optimal":
-        few = points if len(points) <= EXACT_UP_TO else ordered.grouped(max(GROUPS, 16 * n_clusters), pinned=pin_zero)
-        centres = optimum(few, n_clusters, pinned=pin_zero)
-    else:
-        centres = start(points, n_clusters, init, pinned=pin_zero, seed=seed)
-    return lloyd(ordered, centres, pinned=pin_zero, iterations=iterations)
+    few = points if init != "optimal" or len(points) <= EXACT_UP_TO else ordered.grouped(_groups(n_clusters), pinned=pin_zero)
+    return lloyd(ordered, _first(few, n_clusters, init, pin_zero, seed), pinned=pin_zero, iterations=iterations)
 
 
-def lloyd(values: Sorted, centres: Array, *, pinned: bool, iterations: int) -> Array:
+def _first(points: Points, n_clusters: int, init: str, pinned: bool, seed: int) -> Array:
+    """The centres that Lloyd's iteration starts from."""
+    if init != "optimal":
+        return start(
+            points if len(points) <= SINGLE_UP_TO else points.grouped(SUMMARY, pinned=pinned),
+            n_clusters,
+            init,
+            pinned=pinned,
+            seed=seed,
+        )
+    few = points if len(points) <= EXACT_UP_TO else points.grouped(_groups(n_clusters), pinned=pinned)
+    return optimum(few, n_clusters, pinned=pinned)
+
+
+def _groups(n_clusters: int) -> int:
+    return max(GROUPS, 16 * n_clusters)
+
+
+def _settled(values: Counted, centres: Array, pinned: bool, iterations: int) -> Array:
+    """Lloyd's fixed point on all the values: on whole cells first, then with single values near the borders until they stay there."""
+    centres = lloyd(values.points(pinned=pinned), centres, pinned=pinned, iterations=iterations)
+    for _ in range(ROUNDS):
+        points, open_ = values.near(centres, pinned=pinned)
+        centres = lloyd(points, centres, pinned=pinned, iterations=iterations)
+        if values.inside(centres, open_):
+            break
+    return centres
+
+
+def lloyd(values: Sorted | Points, centres: Array, *, pinned: bool, iterations: int) -> Array:
     """Move each centre to the mean of the values nearest to it until no border moves; 0 stays where `pinned`.
 
     A centre that loses all its values takes over half of the costliest run (`refill`).
@@ -115,13 +148,15 @@ def refilled(values: Array, centres: Array, *, pin_zero: bool) -> Array:
     return np.where(np.isnan(moved), centres, moved)
 
 
-def _refilled(values: Sorted, centres: Array, pinned: bool) -> Array:
+def _refilled(values: Sorted | Points, centres: Array, pinned: bool) -> Array:
     points = _points(values, pinned=pinned)
     return refill(points, _edges(points.x, centres), centres, pinned=pinned)
 
 
-def _points(values: Sorted, *, pinned: bool) -> Points:
+def _points(values: Sorted | Points, *, pinned: bool) -> Points:
     """The distinct values, or groups of neighbours where they are many."""
+    if isinstance(values, Points):
+        return values
     return merged(values, pinned=pinned) if values.distinct <= SINGLE_UP_TO else values.grouped(SUMMARY, pinned=pinned)
 
 

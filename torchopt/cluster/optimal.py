@@ -14,6 +14,8 @@ import numpy as np
 
 from torchopt.cluster.points import Array, Points
 
+FIRST_ROWS = 16  # searched over all candidates, at once: fewer calls of numpy than by halves, which are what small problems cost
+
 
 def optimum(points: Points, n_clusters: int, *, pinned: bool) -> Array:
     """Return the ascending centres of the best partition into at most `n_clusters` clusters, 0 among them where `pinned`.
@@ -98,17 +100,19 @@ def _layer(points: Points, best: Array, k: int, *, last: bool = False) -> tuple[
     argument[m + 1] = m
     if m < k:
         return value, argument
-    step = 1 if last else 1 << max(m - k, 1).bit_length()
-    rows = np.array([m]) if last else np.arange(k - 1 + step, m + 1, step)
-    while step:
-        if len(rows):
-            low = argument[np.maximum(rows - step, 0)]
-            high = np.minimum(argument[np.minimum(rows + step, m + 1)], rows - 1)
-            if last:
-                low, high = np.array([k - 1]), np.array([m - 1])
-            value[rows], argument[rows] = _least(points, best, rows, np.maximum(low, k - 1), high)
+    if last:
+        rows = np.array([m])
+        value[rows], argument[rows] = _least(points, best, rows, np.array([k - 1]), np.array([m - 1]))
+        return value, argument
+    step = max(1, (1 << max(m - k, 1).bit_length()) // FIRST_ROWS)
+    rows = np.arange(k - 1 + step, m + 1, step)
+    value[rows], argument[rows] = _least(points, best, rows, np.full(len(rows), k - 1), rows - 1)
+    while step > 1:
         step //= 2
-        rows = np.arange(k - 1 + step, m + 1, 2 * step) if step and not last else rows[:0]
+        rows = np.arange(k - 1 + step, m + 1, 2 * step)
+        low = np.maximum(argument[rows - step], k - 1)
+        high = np.minimum(argument[np.minimum(rows + step, m + 1)], rows - 1)
+        value[rows], argument[rows] = _least(points, best, rows, low, high)
     return value, argument
 
 

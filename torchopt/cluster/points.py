@@ -55,6 +55,13 @@ class Points:
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.where(mass > 0, np.diff(self.first[edges]) / mass, np.nan) + self.shift
 
+    def grouped(self, count: int, *, pinned: bool) -> Points:
+        """Neighbours merged into about `count` points: half of the groups evenly over the range, half evenly over the mass."""
+        by_value = np.searchsorted(self.x, np.linspace(self.x[0], self.x[-1], count // 2 + 1))
+        by_mass = np.searchsorted(self.mass, np.linspace(0.0, self.mass[-1], count // 2 + 1)[1:-1])
+        edges = np.unique(np.concatenate(([0], by_value, by_mass, [len(self)])))
+        return make_points(self.means(edges), np.diff(self.mass[edges]), pinned=pinned)
+
 
 def make_points(x: Array, mass: Array, *, pinned: bool) -> Points:
     """Build `Points` from ascending distinct `x` (m,) and positive `mass` (m,)."""
