@@ -162,17 +162,46 @@ def test_four_bit_tensors_that_claim_more_than_they_hold_are_refused(tmp_path):
         unpack(tmp_path / "b.onnx", tmp_path / "c.onnx")
 
 
-def test_P7_more_than_two_gigabytes_is_refused_and_the_old_file_stays(tmp_path, monkeypatch):
+def test_P7_more_than_two_gigabytes_go_to_a_second_file(tmp_path, monkeypatch):
     write(tmp_path / "a.onnx", weight(0.8, 16))
     pack(tmp_path / "a.onnx", tmp_path / "p.onnx")
+    monkeypatch.setattr(sys.modules["torchopt.export.serialize"], "LIMIT", 20_000)
+    for again in range(3):  # the second file of the file that is replaced goes away when the new pair stands
+        unpack(tmp_path / "p.onnx", tmp_path / "b.onnx")
+        second = "b.onnx.data" if again != 1 else "b.onnx.1.data"
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["a.onnx", "b.onnx", second, "p.onnx"]
+        assert (tmp_path / second).stat().st_size == 49_152
+        np.testing.assert_array_equal(run(tmp_path / "a.onnx"), run(tmp_path / "b.onnx"))
+    pack(tmp_path / "b.onnx", tmp_path / "c.onnx")  # its data came from a second file, so they go to one
+    assert (tmp_path / "c.onnx.data").stat().st_size < 12_288
+    np.testing.assert_array_equal(run(tmp_path / "a.onnx"), run(tmp_path / "c.onnx"))
+    pack(tmp_path / "a.onnx", tmp_path / "b.onnx")  # 49,152 bytes before, fewer than 20,000 after
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.onnx", "b.onnx", "c.onnx", "c.onnx.data", "p.onnx"]
+    np.testing.assert_array_equal(run(tmp_path / "a.onnx"), run(tmp_path / "b.onnx"))
+
+
+def test_P7_an_export_of_more_than_two_gigabytes_is_refused(tmp_path, monkeypatch):
     (tmp_path / "b.onnx").write_bytes(b"old")
     monkeypatch.setattr(sys.modules["torchopt.export.serialize"], "LIMIT", 20_000)
-    message = r"b\.onnx: its weights take 0\.00 GB, and one ONNX file holds 2 GB at most; split the model"
-    with pytest.raises(torchopt.ModelError, match=message):
-        unpack(tmp_path / "p.onnx", tmp_path / "b.onnx")
+    with pytest.raises(
+        torchopt.ModelError, match="export: it takes 0.00 GB, and one ONNX file holds 2 GB at most; split the model"
+    ):
+        export(torch.nn.Linear(128, 256), (torch.zeros(1, 128),), tmp_path / "b.onnx", pack=False)
     assert (tmp_path / "b.onnx").read_bytes() == b"old"
-    pack(tmp_path / "a.onnx", tmp_path / "b.onnx")  # 49,152 bytes before, fewer than 20,000 after
-    np.testing.assert_array_equal(run(tmp_path / "a.onnx"), run(tmp_path / "b.onnx"))
+
+
+def test_a_weight_that_proves_damaged_while_a_second_file_is_written_leaves_the_old_files(tmp_path):
+    """Its claim of 4 TB goes to a second file, of which nothing stays."""
+
+    def huge(node):
+        next(a for a in node.attribute if a.name == "d").ints[:] = [1 << 40]
+
+    damaged(tmp_path, huge)
+    (tmp_path / "c.onnx").write_bytes(b"old")
+    with pytest.raises(torchopt.FileError, match="the packed weight w is damaged"):
+        unpack(tmp_path / "b.onnx", tmp_path / "c.onnx")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.onnx", "b.onnx", "c.onnx"]
+    assert (tmp_path / "c.onnx").read_bytes() == b"old"
 
 
 def test_what_protobuf_cannot_write_is_refused(tmp_path, monkeypatch):

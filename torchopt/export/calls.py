@@ -21,7 +21,8 @@ import onnx_ir as ir
 
 from torchopt.export.blocks import FOUR_BITS, filled, in_two
 from torchopt.export.decoders import DOMAIN, function_name, functions
-from torchopt.packing import Encoding, from_parts, padded, to_parts
+from torchopt.export.tensors import bytes_of
+from torchopt.packing import Encoding, from_parts, in_pairs, padded, to_parts
 
 
 class Names:
@@ -39,14 +40,13 @@ class Names:
 
     def constant(self, graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
         """Return an initializer that holds `tensor`, a new one or an equal one of an earlier call."""
-        array = tensor.numpy()
-        key = (str(tensor.dtype), tuple(array.shape), hashlib.sha256(tensor.tobytes()).digest())
+        shape = tensor.shape.numpy()
+        key = (str(tensor.dtype), tuple(shape), hashlib.sha256(bytes_of(tensor).data).digest())
         if key not in self.known:
             while f"_{self.number:x}" in self.taken:
                 self.number += 1
-            value = ir.Value(
-                name=f"_{self.number:x}", const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype)
-            )
+            name = f"_{self.number:x}"
+            value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(shape), type=ir.TensorType(tensor.dtype))
             self.taken.add(str(value.name))
             graph.register_initializer(value)
             self.known[key] = value
@@ -67,6 +67,7 @@ def replace(model: ir.Model, value: ir.Value, encoding: Encoding, opset: int, na
     node = ir.Node(DOMAIN, kind, inputs, list(_attributes(encoding, opset)))
     output = node.outputs[0]
     output.name = name
+    output.meta.update(value.meta)  # what others wrote about it
     first = next(iter(graph))
     graph.insert_before(first, node)
     node.name = None  # the graph gave it one: bytes
@@ -103,8 +104,8 @@ def _stream(symbols: np.ndarray, bits: int, opset: int, rows: int = 0) -> Iterat
         yield ir.tensor(to_parts(symbols, bits))
     else:
         symbols = padded(symbols) if in_two(bits, opset) else symbols
-        low = symbols & 15
-        yield ir.tensor((low.reshape(rows, -1) if rows and bits == 4 else low).astype(ir.DataType.UINT4.numpy()))
+        shape = (rows, len(symbols) // rows) if rows and bits == 4 else (len(symbols),)
+        yield ir.PackedTensor(in_pairs(symbols), ir.DataType.UINT4, shape=shape)
         if bits == 5:
             yield ir.tensor(to_parts(symbols >> 4, 1))
 
@@ -123,15 +124,48 @@ def _attributes(encoding: Encoding, opset: int) -> Iterator[ir.Attr]:
 _KIND = re.compile(r"u?(?:(m)|g([2-8]))?([tTcor])([1-8])?((?:p[2-8])*)")
 
 
-def read_encoding(node: ir.Node) -> Encoding:
-    """The encoding that a call of a decoding function holds."""
-    kind = _KIND.fullmatch(node.op_type)
-    data = [v.const_value for v in node.inputs if v is not None]
-    if kind is None or not data or any(d is None for d in data):
-        raise ValueError("an operand is no constant" if kind else f"kind {node.op_type!r}")
-    arrays: list[np.ndarray] = [d.numpy() for d in data if d is not None]
-    ints = {key: list(attr.as_ints()) for key, attr in node.attributes.items() if attr.type == ir.AttributeType.INTS}
-    shape, gap_bits, code_bits = tuple(ints["d"]), int(kind[2] or 0), int(kind[4] or 0)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """What a call of a decoding function holds: the function's name, its constants, and its attributes."""
+
+    kind: str
+    data: list[ir.TensorProtocol]
+    ints: dict[str, list[int]]
+
+    @classmethod
+    def of(cls, node: ir.Node) -> Call:
+        """The call that a node is.
+
+        Raises:
+            ValueError: it is none.
+            KeyError: it tells no shape.
+        """
+        data = [v.const_value for v in node.inputs if v is not None]
+        constants = [d for d in data if d is not None]
+        if _KIND.fullmatch(node.op_type) is None or not data or len(constants) < len(data):
+            raise ValueError("an operand is no constant" if _KIND.fullmatch(node.op_type) else f"kind {node.op_type!r}")
+        ints = {key: list(attr.as_ints()) for key, attr in node.attributes.items() if attr.type == ir.AttributeType.INTS}
+        if min(ints["d"], default=0) < 0:
+            raise ValueError(f"shape {tuple(ints['d'])}")
+        return cls(kind=node.op_type, data=constants, ints=ints)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the dense tensor."""
+        return tuple(self.ints["d"])
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """Of the dense tensor."""
+        return self.data[-1].dtype
+
+
+def read_encoding(call: Call) -> Encoding:
+    """The encoding that a call holds."""
+    kind, ints = _KIND.fullmatch(call.kind), call.ints
+    assert kind is not None
+    arrays = [d.numpy() for d in call.data]
+    gap_bits, code_bits = int(kind[2] or 0), int(kind[4] or 0)
     table = arrays.pop()
     codes = _read(arrays, code_bits) if code_bits else np.empty(0, np.uint8)
     where = arrays.pop(0)[0] if kind[1] else None
@@ -145,7 +179,7 @@ def read_encoding(node: ir.Node) -> Encoding:
         Encoding(
             positions="mask" if kind[1] else "gaps" if gap_bits else "all",
             values={"t": "table", "c": "channel", "o": "one", "r": "raw"}[kind[3].lower()],
-            shape=shape,
+            shape=call.shape,
             dtype=table.dtype,
             code_bits=code_bits,
             gap_bits=gap_bits,

@@ -6,6 +6,8 @@ has the initializer's old name; nothing else in the graph changes. `unpack` find
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 from collections.abc import Iterator
 
@@ -14,14 +16,13 @@ import onnx
 import onnx_ir as ir
 
 from torchopt.errors import FileError, ModelError
-from torchopt.export.calls import Names, read_encoding, replace
+from torchopt.export.calls import Call, Names, read_encoding, replace
 from torchopt.export.decoded import weight_values
 from torchopt.export.decoders import DOMAIN, decodable, function_bytes, function_name
 from torchopt.export.pack_report import LeftDense, PackedTensor, PackReport
 from torchopt.export.packable import packable
 from torchopt.export.read import read
-from torchopt.export.serialize import serialized
-from torchopt.files import atomic_path
+from torchopt.export.serialize import write
 from torchopt.packing import CALL_BYTES, Encoding, decode, encode, encodings, entropy_bytes
 
 NEWEST_OPSET = onnx.defs.onnx_opset_version()
@@ -43,7 +44,7 @@ def pack(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> PackReport
     """
     model = read(src)
     report = pack_model(model)
-    _write(model, dst)
+    write(model, dst)
     return report
 
 
@@ -55,7 +56,7 @@ def unpack(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> None:
     """
     model = read(src)
     unpack_model(model, str(src))
-    _write(model, dst)
+    write(model, dst)
 
 
 def decode_initializers(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -81,7 +82,7 @@ def pack_model(model: ir.Model) -> PackReport:
     weights, left = packable(model)
     rows, names = {}, Names(model)
     for name, encoding in _chosen(weights, opset):
-        dense = weights[name].const_value.numpy()  # type: ignore[union-attr]
+        dense = _values(weights[name])
         rows[name] = PackedTensor(
             name=name,
             codec=encoding.name,
@@ -107,39 +108,60 @@ def _chosen(weights: dict[str, ir.Value], opset: int) -> Iterator[tuple[str, Enc
     loss saves most is dropped, until none does.
     """
     given: set[str] = set()
-    options: dict[str, list[Encoding]] = {}
+    options: dict[
+        str, dict[str, int]
+    ] = {}  # bytes of a small tensor by the kind that it would be packed as; one is made in the end
+    sizes: dict[str, dict[str, int]] = {}
     for name, value in weights.items():
-        dense = value.const_value.numpy()  # type: ignore[union-attr]
+        dense = _values(value)
         if dense.nbytes < SMALL:
-            options[name] = [e for e in encodings(dense) if decodable(e, opset)]
+            options[name] = {}
+            for e in (e for e in encodings(dense) if decodable(e, opset)):
+                kind = function_name(e, opset)
+                options[name][kind] = min(e.payload_bytes, options[name].get(kind, dense.nbytes))
+                sizes[kind] = function_bytes(e, opset)
         elif (encoding := encode(dense, lambda e: decodable(e, opset))) is not None:
             given |= {*function_bytes(encoding, opset)}
             yield name, encoding
+    kinds = _worth_their_decoders(options, sizes, given, {n: weights[n].const_value.nbytes for n in options})  # type: ignore[union-attr]
+    for name in options:
+        if any(kind in kinds for kind in options[name]):
+            encoding = encode(_values(weights[name]), lambda e: decodable(e, opset) and function_name(e, opset) in kinds)
+            assert encoding is not None
+            yield name, encoding
 
-    def best(name: str, kinds: set[str]) -> Encoding | None:
-        found = (e for e in options[name] if function_name(e, opset) in kinds)
-        return min(found, key=lambda e: e.payload_bytes, default=None)
+
+def _worth_their_decoders(
+    options: dict[str, dict[str, int]], sizes: dict[str, dict[str, int]], given: set[str], dense: dict[str, int]
+) -> set[str]:
+    """The kinds of encodings with which the small tensors and their decoders take the fewest bytes."""
 
     def cost(kinds: set[str]) -> int:
-        saved = ((weights[n].const_value.nbytes, best(n, kinds)) for n in options)  # type: ignore[union-attr]
-        tensors = sum(e.payload_bytes + CALL_BYTES if e is not None else dense for dense, e in saved)
+        best = {n: min((size for kind, size in found.items() if kind in kinds), default=None) for n, found in options.items()}
+        tensors = sum(dense[n] if size is None else size + CALL_BYTES for n, size in best.items())
         needed = {name: size for kind in kinds for name, size in sizes[kind].items() if name not in given}
         return tensors + sum(needed.values())
 
-    sizes = {function_name(e, opset): function_bytes(e, opset) for found in options.values() for e in found}
     kinds = set(sizes)
     while droppable := sorted(kinds - given):
         least, kind = min((cost(kinds - {kind}), kind) for kind in droppable)
         if least >= cost(kinds):
             break
         kinds.remove(kind)
-    for name in options:
-        if (encoding := best(name, kinds)) is not None:
-            yield name, encoding
+    return kinds
+
+
+def _values(value: ir.Value) -> np.ndarray:
+    assert value.const_value is not None
+    return value.const_value.numpy()
 
 
 def unpack_model(model: ir.Model, where: str) -> None:
-    """Make every packed weight of `model` an ordinary initializer again, in place.
+    """Make every packed weight of `model` an ordinary initializer again, in place; each is decoded when its value is asked for.
+
+    Args:
+        model: as `read` gives it.
+        where: the file that an error names, also a later one of a weight that proves damaged when it is decoded.
 
     Raises:
         FileError: a packed weight is damaged.
@@ -147,14 +169,13 @@ def unpack_model(model: ir.Model, where: str) -> None:
     for node in [n for n in model.graph if n.domain == DOMAIN]:
         if len(node.outputs) != 1:
             raise FileError(f"{where}: the packed weight of node {node.name!r} is damaged ({len(node.outputs)} outputs)")
-        try:
-            dense = decode(read_encoding(node))
-        except (KeyError, ValueError, IndexError, TypeError, AttributeError, AssertionError, OverflowError, MemoryError) as error:
-            raise FileError(f"{where}: the packed weight {node.outputs[0].name} is damaged ({error})") from error
-        output = node.outputs[0]
-        initializer = ir.Value(name=output.name, const_value=ir.tensor(dense, name=output.name))
-        initializer.shape, initializer.dtype = ir.Shape(dense.shape), ir.DataType.from_numpy(dense.dtype)
-        parts = [v for v in node.inputs if v is not None]
+        output, parts = node.outputs[0], [v for v in node.inputs if v is not None]
+        with _damage(where, str(output.name)):
+            call = Call.of(node)
+        decoded = functools.partial(_decoded, call, where, str(output.name))
+        dense = ir.LazyTensor(decoded, call.dtype, ir.Shape(call.shape), name=output.name)
+        initializer = ir.Value(name=output.name, const_value=dense, shape=ir.Shape(call.shape), type=ir.TensorType(call.dtype))
+        initializer.meta.update(output.meta)
         for user, index in list(output.uses()):
             user.replace_input_with(index, initializer)
         model.graph.remove(node, safe=True)
@@ -168,7 +189,15 @@ def unpack_model(model: ir.Model, where: str) -> None:
     model.opset_imports.pop(DOMAIN, None)
 
 
-def _write(model: ir.Model, path: str | os.PathLike[str]) -> None:
-    data = serialized(model, str(path))
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(data)
+def _decoded(call: Call, where: str, name: str) -> ir.TensorProtocol:
+    with _damage(where, name):
+        return ir.tensor(decode(read_encoding(call)), name=name)
+
+
+@contextlib.contextmanager
+def _damage(where: str, name: str) -> Iterator[None]:
+    """Whatever decoding stumbles over is damage of the file."""
+    try:
+        yield
+    except (KeyError, ValueError, IndexError, TypeError, AttributeError, AssertionError, OverflowError, MemoryError) as error:
+        raise FileError(f"{where}: the packed weight {name} is damaged ({error})") from error

@@ -1,12 +1,29 @@
-"""A graph as the bytes of one ONNX file."""
+"""A graph as an ONNX file, tensor by tensor: none is copied into a message of protocol buffers first.
+
+The message is made with a place holder for each large tensor, and the tensors go straight to the file: to where the place holders
+stand or, beyond the 2 GB of one message, to a second file beside it. That one never has the name of one that is there: the old pair of
+files stays whole until the new one is, and the rename of the model's file is the one moment of change.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
 import onnx_ir as ir
 
 from torchopt.errors import ModelError
+from torchopt.export.read import EXTERNAL, KEPT, LIMIT, mapped
+from torchopt.export.tensors import Put, bytes_of, places
+from torchopt.export.wire import HERE, LARGE, with_data, without_data
+from torchopt.files import atomic_path
 
-LIMIT = 2**31 - 1  # bytes of one message of protocol buffers
+PAGE = 4096  # bytes, to which tensors in the second file are aligned: runtimes map it
+Held = tuple[ir.TensorProtocol, Put, int]  # a tensor, what puts it back, and its offset in the second file
 
 
 def serialized(model: ir.Model, where: str, *, shapes: bool = True) -> bytes:
@@ -20,11 +37,88 @@ def serialized(model: ir.Model, where: str, *, shapes: bool = True) -> bytes:
     Raises:
         ModelError: they are more than protobuf's 2 GB.
     """
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    if size > LIMIT:
-        raise ModelError(f"{where}: its weights take {size / 1e9:.2f} GB, and one ONNX file holds 2 GB at most; split the model")
+    with _held_out(model, HERE) as held:
+        pieces, size = with_data(_message(model, where, shapes=shapes))
+        if size > LIMIT:
+            raise ModelError(f"{where}: it takes {size / 1e9:.2f} GB, and one ONNX file holds 2 GB at most; split the model")
+        return b"".join(piece if isinstance(piece, bytes) else bytes_of(held[piece][0]).data for piece in pieces)
+
+
+def write(model: ir.Model, path: str | os.PathLike[str]) -> None:
+    """Write a graph to a file, atomically; its tensors go to a second one if they came from one, or if they take more than 2 GB.
+
+    Raises:
+        ModelError: it cannot be written as an ONNX file.
+        FileError: the file cannot be written.
+    """
+    target = Path(path)
+    old = _data_of(target)
+    with _held_out(model, HERE) as held:
+        pieces, size = with_data(_message(model, str(path)))
+        if size <= LIMIT and not model.meta.get(EXTERNAL):
+            _write(target, pieces, held)
+    if size > LIMIT or model.meta.get(EXTERNAL):
+        _write_pair(model, target)
+    for name in old - _data_of(target):
+        target.with_name(name).unlink(missing_ok=True)
+
+
+def _write_pair(model: ir.Model, target: Path) -> None:
+    """Write the second file under a new name, then the first, which names it."""
+    names = (f"{target.name}{f'.{number}' if number else ''}.data" for number in itertools.count())
+    second = next(name for name in names if not target.with_name(name).exists())
+    with _held_out(model, second) as held:
+        message = _message(model, str(target))
+        with atomic_path(target.with_name(second)) as temporary, open(temporary, "wb") as file:
+            for tensor, _, offset in held:
+                file.seek(offset)
+                file.write(bytes_of(tensor).data)
+    try:
+        _write(target, [message], [])
+    except BaseException:
+        target.with_name(second).unlink()
+        raise
+
+
+def _write(target: Path, pieces: list[bytes | int], held: list[Held]) -> None:
+    with atomic_path(target) as temporary, open(temporary, "wb") as file:
+        for piece in pieces:
+            file.write(piece if isinstance(piece, bytes) else bytes_of(held[piece][0]).data)
+
+
+@contextlib.contextmanager
+def _held_out(model: ir.Model, location: str) -> Iterator[list[Held]]:
+    """Put place holders where large tensors are; yield these, and put them back afterwards."""
+    held: list[Held] = []
+    offset = 0
+    try:
+        for tensor, put in list(places(model)):
+            whole = isinstance(tensor, (ir.serde.TensorProtoTensor, ir.StringTensor))
+            if whole or (tensor.nbytes <= LARGE and not isinstance(tensor, ir.LazyTensor)):
+                continue
+            place_holder = ir.ExternalTensor(
+                location,
+                offset=len(held) if location == HERE else offset,
+                length=tensor.nbytes,
+                dtype=tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=tensor.name or "",
+                doc_string=tensor.doc_string,
+                metadata_props=dict(tensor.metadata_props),
+            )
+            put(place_holder)
+            held.append((tensor, put, offset))
+            offset += -(-tensor.nbytes // PAGE) * PAGE
+        yield held
+    finally:
+        for tensor, put, _ in held:
+            put(tensor)
+
+
+def _message(model: ir.Model, where: str, *, shapes: bool = True) -> bytes:
     try:
         proto = ir.to_proto(model)
+        proto.MergeFrom(model.meta.get(KEPT, onnx.ModelProto()))
         stored = {tensor.name for tensor in proto.graph.initializer}  # whose types and shapes onnx-ir writes a second time
         kept = [info for info in proto.graph.value_info if shapes and info.name not in stored]
         del proto.graph.value_info[:]
@@ -32,3 +126,13 @@ def serialized(model: ir.Model, where: str, *, shapes: bool = True) -> bytes:
         return bytes(proto.SerializeToString())
     except Exception as error:  # google.protobuf.message.EncodeError or a ValueError, by version
         raise ModelError(f"{where}: cannot be written as one ONNX file: {str(error)[:200]}") from error
+
+
+def _data_of(path: Path) -> set[str]:
+    """The second files of ours that a model's file names."""
+    try:
+        tensors = onnx.ModelProto.FromString(without_data(mapped(path))).graph.initializer
+    except Exception:  # nothing there, or nothing that can be read: so nothing of ours
+        return set()
+    named = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
+    return {name for name in named if name.startswith(f"{path.name}.") and name.endswith(".data") and "/" not in name}

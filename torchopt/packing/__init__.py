@@ -1,6 +1,6 @@
 """Packing: tensors in fewer bytes, lossless, numpy only; `torchopt.export.pack` writes the encodings as ONNX."""
 
-from torchopt.packing.bits import from_parts, padded, parts, to_parts
+from torchopt.packing.bits import from_parts, in_pairs, padded, parts, to_parts
 from torchopt.packing.encode import CALL_BYTES, encode, encodings
 from torchopt.packing.encoding import Encoding, decode, entropy_bytes
 from torchopt.packing.positions import from_gaps, gaps
@@ -15,6 +15,7 @@ __all__ = [
     "from_gaps",
     "from_parts",
     "gaps",
+    "in_pairs",
     "padded",
     "parts",
     "to_parts",

@@ -97,6 +97,18 @@ def to_parts(symbols: np.ndarray, bits: int) -> np.ndarray:
     return packed.reshape(bits, unit)
 
 
+def in_pairs(symbols: np.ndarray) -> np.ndarray:
+    """Return the low four bits of `symbols` (n,), two in a byte, the first one low: ⌈n/2⌉ bytes, as ONNX stores UINT4.
+
+    Example:
+        >>> in_pairs(np.array([1, 2, 3], np.uint8)).tolist()
+        [33, 3]
+    """
+    pairs = symbols[0::2] & 15
+    pairs[: len(symbols) // 2] |= symbols[1::2] << 4
+    return pairs
+
+
 def from_parts(packed: np.ndarray, count: int) -> np.ndarray:
     """Return the first `count` symbols of (bits, ⌈count/8⌉) bytes, as uint8; the inverse of `to_parts`.
 

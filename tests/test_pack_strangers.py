@@ -1,0 +1,178 @@
+"""ONNX files that were not made here: sparse constants, typed data, functions, training information, second files; bit for bit."""
+
+import contextlib
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from test_pack_onnx import graph_of, run, weight
+
+import torchopt
+from torchopt.export import decode_initializers, pack, unpack
+
+
+def tensors(path) -> dict[str, tuple]:
+    """Type, shape and bytes of every initializer."""
+    found = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+    return {name: (x.dtype, x.shape, x.tobytes()) for name, x in found.items()}
+
+
+def round_trip(tmp_path, packed: list[str]) -> None:
+    """Pack a.onnx and unpack it again: equal outputs, equal tensors, and these are packed."""
+    report = pack(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    assert [row.name for row in report.rows] == packed
+    np.testing.assert_array_equal(run(tmp_path / "a.onnx"), run(tmp_path / "b.onnx"))
+    unpack(tmp_path / "b.onnx", tmp_path / "c.onnx")
+    np.testing.assert_array_equal(run(tmp_path / "a.onnx"), run(tmp_path / "c.onnx"))
+    before, after = tensors(tmp_path / "a.onnx"), tensors(tmp_path / "c.onnx")
+    assert {name: after[name] for name in before} == before
+
+
+def coo(w: np.ndarray, name: str, *, by_dimension: bool) -> onnx.SparseTensorProto:
+    places = np.argwhere(w) if by_dimension else np.flatnonzero(w)
+    values = numpy_helper.from_array(w[w != 0], name)
+    return helper.make_sparse_tensor(values, numpy_helper.from_array(places.astype(np.int64), f"{name}_places"), w.shape)
+
+
+@pytest.mark.parametrize("by_dimension", [False, True])
+def test_P7_sparse_initializers_and_constants(tmp_path, by_dimension):
+    w = weight(0.95, 1000)
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["a"]), helper.make_node("MatMul", ["x", "v"], ["b"])]
+    nodes.insert(0, helper.make_node("Constant", [], ["v"], sparse_value=coo(w, "v", by_dimension=by_dimension)))
+    graph_of(
+        tmp_path / "a.onnx", [*nodes, helper.make_node("Sub", ["a", "b"], ["d"]), helper.make_node("Add", ["a", "d"], ["y"])], []
+    )
+    model = onnx.load(tmp_path / "a.onnx")
+    model.graph.sparse_initializer.append(coo(w, "w", by_dimension=by_dimension))
+    onnx.save(model, tmp_path / "a.onnx")
+    round_trip(tmp_path, ["w", "v"])
+    assert (tmp_path / "b.onnx").stat().st_size < 0.6 * (tmp_path / "a.onnx").stat().st_size
+    for name in "wv":
+        np.testing.assert_array_equal(decode_initializers(tmp_path / "b.onnx")[name], w)
+
+
+@pytest.mark.parametrize(
+    ("places", "dims", "message"),
+    [
+        ([0, 5], [1 << 20, 1 << 20], r"claims to have the shape \(1048576, 1048576\)"),
+        ([0, 5], [-2, -8], "claims to have the shape"),
+        ([0, 16], [4, 4], r"a place of sparse tensor 'w' lies outside its shape \(4, 4\)"),
+        ([[0, 1], [4, 0]], [4, 4], "lies outside"),
+        ([[0, 1, 2], [3, 0, 1]], [4, 4], "lies outside"),
+        ([0, 1, 2], [4, 4], "lies outside"),
+    ],
+)
+def test_P7_sparse_tensors_that_lie_are_refused(tmp_path, places, dims, message):
+    graph_of(tmp_path / "a.onnx", [helper.make_node("MatMul", ["x", "w"], ["y"])], [])
+    model = onnx.load(tmp_path / "a.onnx")
+    sparse = model.graph.sparse_initializer.add(values=numpy_helper.from_array(np.float32([1, 2]), "w"), dims=dims)
+    sparse.indices.CopyFrom(numpy_helper.from_array(np.array(places, np.int64)))
+    onnx.save(model, tmp_path / "a.onnx")
+    with pytest.raises(torchopt.FileError, match=f"is no whole ONNX file .*{message}"):
+        pack(tmp_path / "a.onnx", tmp_path / "b.onnx")
+
+
+def test_P7_typed_data_wide_types_and_what_packing_does_not_know_stay_bit_for_bit(tmp_path):
+    w = weight(0.8, 16)
+    typed = helper.make_tensor("w", TensorProto.FLOAT, w.shape, w.reshape(-1).tolist())
+    assert typed.float_data
+    assert not typed.raw_data
+    wide = np.arange(2000, dtype=np.int64) % 7
+    others = [numpy_helper.from_array(wide, "long"), numpy_helper.from_array(wide.astype(np.uint16), "short")]
+    others += [helper.make_tensor("half", TensorProto.BFLOAT16, [2000], (wide / 3).tolist())]
+    others += [helper.make_tensor("words", TensorProto.STRING, [2], [b"a", b"b"])]
+    graph_of(tmp_path / "a.onnx", [helper.make_node("MatMul", ["x", "w"], ["y"])], [typed, *others])
+    model = onnx.load(tmp_path / "a.onnx")
+    model.metadata_props.add(key="author", value="someone else")
+    model.training_info.add().algorithm.name = "none"
+    model.graph.quantization_annotation.add(tensor_name="w").quant_parameter_tensor_names.add(key="SCALE_TENSOR", value="s")
+    onnx.save(model, tmp_path / "a.onnx")
+    round_trip(tmp_path, ["w"])
+    back = onnx.load(tmp_path / "c.onnx")
+    assert back.metadata_props == model.metadata_props
+    assert back.training_info == model.training_info
+    assert back.graph.quantization_annotation == model.graph.quantization_annotation
+
+
+def test_P7_functions_loops_and_their_large_constants_are_left_alone(tmp_path):
+    w = weight(0.8, 16)
+    constant = helper.make_node("Constant", [], ["v"], value=numpy_helper.from_array(w))
+    function = helper.make_function(
+        "theirs",
+        "Twice",
+        ["x"],
+        ["y"],
+        [constant, helper.make_node("MatMul", ["x", "v"], ["a"]), helper.make_node("Add", ["a", "a"], ["y"])],
+        [helper.make_opsetid("", 21)],
+    )
+    body = helper.make_graph(
+        [
+            helper.make_node("Constant", [], ["u"], value=numpy_helper.from_array(w)),
+            helper.make_node("MatMul", ["x", "u"], ["inner"]),
+            helper.make_node("MatMul", ["x", "w"], ["outer"]),
+            helper.make_node("Sum", ["before", "inner", "outer"], ["after"]),
+            helper.make_node("Identity", ["go"], ["still"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("before", TensorProto.FLOAT, None),
+        ],
+        [
+            helper.make_tensor_value_info("still", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("after", TensorProto.FLOAT, None),
+        ],
+    )
+    nodes = [helper.make_node("Twice", ["x"], ["t"], domain="theirs")]
+    nodes += [helper.make_node("Loop", ["three", "", "t"], ["y"], body=body)]
+    graph_of(tmp_path / "a.onnx", nodes, [numpy_helper.from_array(w, "w"), numpy_helper.from_array(np.int64(3), "three")])
+    model = onnx.load(tmp_path / "a.onnx")
+    model.functions.append(function)
+    model.opset_import.add(domain="theirs", version=1)
+    onnx.save(model, tmp_path / "a.onnx")
+    round_trip(tmp_path, ["w"])
+    back = onnx.load(tmp_path / "c.onnx")
+    assert list(back.functions) == [function]
+    assert list(back.graph.node) == nodes
+
+
+@pytest.mark.parametrize("size", [3, 5])
+def test_P7_second_files_are_read_and_written(tmp_path, size):
+    """Also tensors of constants, of two files, and of a folder below."""
+    w = weight(0.8, 16)
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "one.bin").write_bytes(bytes(size) + w.tobytes())
+    graph_of(tmp_path / "a.onnx", [helper.make_node("MatMul", ["x", "w"], ["y"])], [numpy_helper.from_array(w, "w")])
+    model = onnx.load(tmp_path / "a.onnx")
+    onnx.external_data_helper.set_external_data(model.graph.initializer[0], "below/one.bin", size, w.nbytes)
+    model.graph.initializer[0].ClearField("raw_data")
+    onnx.save(model, tmp_path / "a.onnx")
+    pack(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    np.testing.assert_array_equal(run(tmp_path / "a.onnx"), run(tmp_path / "b.onnx"))
+    unpack(tmp_path / "b.onnx", tmp_path / "c.onnx")
+    assert (tmp_path / "c.onnx.data").read_bytes() == w.tobytes()
+    pack(tmp_path / "c.onnx", tmp_path / "c.onnx")  # onto itself
+    np.testing.assert_array_equal(run(tmp_path / "a.onnx"), run(tmp_path / "c.onnx"))
+    names = ["a.onnx", "b.onnx", "b.onnx.data", "below", "c.onnx", "c.onnx.1.data"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+
+
+def other_makers(tmp_path):
+    """Files as other tools write them: by ONNX Runtime's quantizer, and in half precision."""
+    torchopt_free = pytest.importorskip("onnxruntime.quantization")
+    w = weight(0.8, 16)
+    graph_of(tmp_path / "float.onnx", [helper.make_node("MatMul", ["x", "w"], ["y"])], [numpy_helper.from_array(w, "w")])
+    with contextlib.redirect_stdout(None):
+        torchopt_free.quantize_dynamic(tmp_path / "float.onnx", tmp_path / "dynamic.onnx")
+    return tmp_path / "dynamic.onnx"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_P7_files_of_onnxruntimes_quantizer(tmp_path):
+    other_makers(tmp_path).rename(tmp_path / "a.onnx")
+    assert any(t.data_type in (TensorProto.INT8, TensorProto.UINT8) for t in onnx.load(tmp_path / "a.onnx").graph.initializer)
+    assert onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
+    round_trip(tmp_path, ["w_quantized"])
