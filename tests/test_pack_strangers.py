@@ -1,6 +1,7 @@
 """ONNX files that were not made here: sparse constants, typed data, functions, training information, second files; bit for bit."""
 
 import contextlib
+import tracemalloc
 
 import numpy as np
 import onnx
@@ -176,3 +177,27 @@ def test_P7_files_of_onnxruntimes_quantizer(tmp_path):
     assert any(t.data_type in (TensorProto.INT8, TensorProto.UINT8) for t in onnx.load(tmp_path / "a.onnx").graph.initializer)
     assert onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
     round_trip(tmp_path, ["w_quantized"])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sparsity", "values"), [("float32", 0.6, 0), ("float32", 0.0, 16), ("int8", 0.8, 16), ("int8", 0.0, 50)]
+)
+def test_P7_memory_is_at_most_three_times_the_largest_tensor(tmp_path, dtype, sparsity, values):
+    """Beyond the file, whose pages the system may drop; numpy tells tracemalloc what it takes."""
+    rng, side = np.random.default_rng(0), 4096 if dtype == "int8" else 2048
+    nodes, constants = [], []
+    for i in range(2):
+        w = rng.standard_normal((side, side), np.float32)
+        w = rng.integers(1, values, (side, side)).astype(dtype) if values else w
+        w[rng.random(w.shape, np.float32) < sparsity] = 0
+        constants.append(numpy_helper.from_array(w, f"w{i}"))
+        nodes.append(helper.make_node("Identity", [f"w{i}"], [f"y{i}"]))
+    graph_of(tmp_path / "a.onnx", nodes, constants, outputs=[f"y{i}" for i in range(2)])
+    for verb, source, target in ((pack, "a", "b"), (unpack, "b", "c")):
+        tracemalloc.start()
+        verb(tmp_path / f"{source}.onnx", tmp_path / f"{target}.onnx")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        packed = (tmp_path / "b.onnx").stat().st_size
+        assert peak - (packed if verb is pack else 0) < 3 * w.nbytes
+    assert tensors(tmp_path / "a.onnx") == tensors(tmp_path / "c.onnx")

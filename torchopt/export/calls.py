@@ -22,7 +22,7 @@ import onnx_ir as ir
 from torchopt.export.blocks import FOUR_BITS, filled, in_two
 from torchopt.export.decoders import DOMAIN, function_name, functions
 from torchopt.export.tensors import bytes_of
-from torchopt.packing import Encoding, from_parts, in_pairs, padded, to_parts
+from torchopt.packing import Encoding, from_pairs, from_parts, in_pairs, padded, to_parts
 
 
 class Names:
@@ -164,16 +164,16 @@ def read_encoding(call: Call) -> Encoding:
     """The encoding that a call holds."""
     kind, ints = _KIND.fullmatch(call.kind), call.ints
     assert kind is not None
-    arrays = [d.numpy() for d in call.data]
+    tensors = list(call.data)
     gap_bits, code_bits = int(kind[2] or 0), int(kind[4] or 0)
-    table = arrays.pop()
-    codes = _read(arrays, code_bits) if code_bits else np.empty(0, np.uint8)
-    where = arrays.pop(0)[0] if kind[1] else None
+    table = tensors.pop().numpy()
+    codes = _read(tensors, code_bits) if code_bits else np.empty(0, np.uint8)
+    where = tensors.pop(0).numpy()[0] if kind[1] else None
     if gap_bits:
-        where = _read(arrays, gap_bits)[: ints["p"][0] if "p" in ints else None]
+        where = _read(tensors, gap_bits)[: ints["p"][0] if "p" in ints else None]
     widths = [int(width) for width in kind[5].split("p")[1:]]
     planes = tuple(
-        (width, _read(arrays, width)[: ints[f"p{i}"][0] if f"p{i}" in ints else None]) for i, width in enumerate(widths)
+        (width, _read(tensors, width)[: ints[f"p{i}"][0] if f"p{i}" in ints else None]) for i, width in enumerate(widths)
     )
     return _trimmed(
         Encoding(
@@ -202,15 +202,16 @@ def _trimmed(stored: Encoding, full: bool) -> Encoding:
     return dataclasses.replace(stored, codes=codes, table=stored.table[cut[stored.values]])
 
 
-def _read(arrays: list[np.ndarray], bits: int) -> np.ndarray:
+def _read(tensors: list[ir.TensorProtocol], bits: int) -> np.ndarray:
     """Take the tensors of one stream from the front, and return its symbols, filled up to a multiple of eight where they are."""
-    first = arrays.pop(0)
-    if bits == 8:
-        return first
-    if first.dtype == np.uint8:
-        return from_parts(first, 8 * first.shape[1])
-    symbols = first.reshape(-1).astype(np.uint8)
-    if bits > 4:
-        rest = arrays.pop(0)
-        symbols |= from_parts(rest, 8 * rest.shape[1]) << 4
-    return symbols
+    first = tensors.pop(0)
+    if first.dtype == ir.DataType.UINT4:
+        symbols = from_pairs(bytes_of(first), first.size)
+        if bits > 4:
+            rest = tensors.pop(0).numpy()
+            symbols |= from_parts(rest, 8 * rest.shape[1]) << 4
+        return symbols
+    stored = first.numpy()
+    if stored.dtype != np.uint8:
+        raise ValueError(f"symbols of type {stored.dtype}")
+    return stored if bits == 8 else from_parts(stored, 8 * stored.shape[1])

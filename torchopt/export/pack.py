@@ -21,7 +21,7 @@ from torchopt.export.decoded import weight_values
 from torchopt.export.decoders import DOMAIN, decodable, function_bytes, function_name
 from torchopt.export.pack_report import LeftDense, PackedTensor, PackReport
 from torchopt.export.packable import packable
-from torchopt.export.read import read
+from torchopt.export.read import read, release
 from torchopt.export.serialize import write
 from torchopt.packing import CALL_BYTES, Encoding, decode, encode, encodings, entropy_bytes
 
@@ -91,6 +91,8 @@ def pack_model(model: ir.Model) -> PackReport:
             entropy_bytes=entropy_bytes(dense, encoding),
         )
         replace(model, weights[name], encoding, opset, names)
+        del dense, encoding  # before the next one is made
+        release(model)
     if rows:
         model.ir_version = max(model.ir_version, FUNCTIONS)
     left += [
@@ -123,6 +125,7 @@ def _chosen(weights: dict[str, ir.Value], opset: int) -> Iterator[tuple[str, Enc
         elif (encoding := encode(dense, lambda e: decodable(e, opset))) is not None:
             given |= {*function_bytes(encoding, opset)}
             yield name, encoding
+            del encoding
     kinds = _worth_their_decoders(options, sizes, given, {n: weights[n].const_value.nbytes for n in options})  # type: ignore[union-attr]
     for name in options:
         if any(kind in kinds for kind in options[name]):

@@ -26,10 +26,8 @@ IN_A_BYTE: dict[int, int] = {  # elements of the types that share a byte
     **dict.fromkeys((TensorProto.UINT2, TensorProto.INT2), 4),
 }
 LIMIT = 2**31 - 1  # bytes of one message of protocol buffers
-KEPT, EXTERNAL = (
-    "torchopt.kept",
-    "torchopt.external",
-)  # in `model.meta`: what onnx-ir does not carry; whether data lie beside the file
+KEPT = "torchopt.kept"  # in `model.meta`: what onnx-ir does not carry
+EXTERNAL, SOURCES = "torchopt.external", "torchopt.sources"  # whether data lie beside the file; the files, mapped
 
 
 def read(path: str | os.PathLike[str]) -> ir.Model:
@@ -80,7 +78,15 @@ def _read(path: Path) -> ir.Model:
             tensor.numpy()  # fails where the bytes do not fit the shape
     model.meta[KEPT] = onnx.ModelProto(training_info=proto.training_info)
     model.meta[EXTERNAL] = len(sources) > 1
+    model.meta[SOURCES] = list(sources.values())
     return model
+
+
+def release(model: ir.Model) -> None:
+    """Give the memory back that holds pages of the files that a model was read from; they are read again when they are used."""
+    for source in model.meta.get(SOURCES, []):
+        if hasattr(mmap, "MADV_DONTNEED"):
+            source.madvise(mmap.MADV_DONTNEED)
 
 
 def mapped(path: Path) -> mmap.mmap:

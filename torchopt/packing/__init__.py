@@ -1,6 +1,6 @@
 """Packing: tensors in fewer bytes, lossless, numpy only; `torchopt.export.pack` writes the encodings as ONNX."""
 
-from torchopt.packing.bits import from_parts, in_pairs, padded, parts, to_parts
+from torchopt.packing.bits import from_pairs, from_parts, in_pairs, padded, parts, to_parts
 from torchopt.packing.encode import CALL_BYTES, encode, encodings
 from torchopt.packing.encoding import Encoding, decode, entropy_bytes
 from torchopt.packing.positions import from_gaps, gaps
@@ -13,6 +13,7 @@ __all__ = [
     "encodings",
     "entropy_bytes",
     "from_gaps",
+    "from_pairs",
     "from_parts",
     "gaps",
     "in_pairs",

@@ -10,7 +10,12 @@ make one symbol more: 3 bytes hold 4 symbols of 6 bits, 7 bytes hold 8 of 7 bits
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
+
+CHUNK = 1 << 18  # elements worked on at a time: temporaries stay small and in cache
+COUNTED = 1 << 20  # the same for counting, whose table of pairs has 65,536 entries
 
 
 def width(largest: int) -> int:
@@ -41,14 +46,15 @@ def histogram(symbols: np.ndarray) -> np.ndarray:
         >>> histogram(np.array([3, 0, 3], np.uint8))[:4].tolist()
         [1, 0, 0, 2]
     """
-    even = len(symbols) // 2 * 2
-    pairs = np.bincount(symbols[:even].view(np.uint16), minlength=65_536).reshape(256, 256)
-    counts = pairs.sum(axis=0) + pairs.sum(axis=1)
+    even, pairs = len(symbols) // 2 * 2, np.zeros(65_536, np.int64)
+    for start in range(0, even, COUNTED):
+        pairs += np.bincount(symbols[start : min(even, start + COUNTED)].view(np.uint16), minlength=65_536)
+    counts = pairs.reshape(256, 256).sum(axis=0) + pairs.reshape(256, 256).sum(axis=1)
     counts[symbols[even:]] += 1
     return counts
 
 
-def translated(symbols: np.ndarray, table: np.ndarray) -> np.ndarray:
+def translated(symbols: np.ndarray, table: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """Return table[symbols] for bytes and a table of at most 256 bytes, ten times as fast as numpy, which widens the indices.
 
     Raises:
@@ -61,7 +67,11 @@ def translated(symbols: np.ndarray, table: np.ndarray) -> np.ndarray:
     if len(symbols) and symbols.max() >= len(table):
         raise IndexError(f"symbol {symbols.max()} has no entry in a table of {len(table)}")
     whole = table.tobytes() + bytes(256 - len(table))
-    return np.frombuffer(symbols.tobytes().translate(whole), dtype=table.dtype)
+    out = np.empty(len(symbols), dtype=table.dtype) if out is None else out
+    for start in range(0, len(symbols), CHUNK):
+        piece = symbols[start : start + CHUNK].tobytes().translate(whole)
+        out[start : start + CHUNK] = np.frombuffer(piece, dtype=table.dtype)
+    return out
 
 
 def padded(symbols: np.ndarray) -> np.ndarray:
@@ -85,16 +95,27 @@ def to_parts(symbols: np.ndarray, bits: int) -> np.ndarray:
     unit = (len(symbols) + 7) // 8
     if bits > 5:
         spare = 8 - bits
-        rows = padded(symbols).astype(np.uint8).reshape(8 // spare, -1)
+        rows = padded(symbols).astype(np.uint8, copy=False).reshape(8 // spare, -1)
         above = (rows[-1] >> (spare * np.arange(bits // spare, dtype=np.uint8)[:, None])) & (2**spare - 1)
         return (rows[:-1] | above << bits).reshape(bits, unit)
     packed = np.zeros(bits * unit, dtype=np.uint8)
     for w, low in parts(bits):
         part = packed[low * unit : (low + w) * unit]
-        for slot in range(8 // w):
-            piece = symbols[slot * w * unit : (slot + 1) * w * unit].astype(np.uint8)
-            part[: len(piece)] |= ((piece >> low) & (2**w - 1)) << (w * slot)
+        for slot, start in itertools.product(range(8 // w), range(0, w * unit, CHUNK)):
+            stop = min(w * unit, start + CHUNK)
+            piece = symbols[slot * w * unit + start : slot * w * unit + stop].astype(np.uint8)
+            part[start : start + len(piece)] |= ((piece >> low) & (2**w - 1)) << (w * slot)
     return packed.reshape(bits, unit)
+
+
+def flags_to_parts(value: np.ndarray) -> np.ndarray:
+    """Return which elements of `value` (n,) are not zero, as the parts of symbols of one bit: uint8 (⌈n/8⌉,)."""
+    unit = (len(value) + 7) // 8
+    packed = np.zeros(unit, dtype=np.uint8)
+    for slot, start in itertools.product(range(8), range(0, unit, CHUNK)):
+        piece = value[slot * unit + start : slot * unit + min(unit, start + CHUNK)] != 0
+        packed[start : start + len(piece)] |= piece.view(np.uint8) << slot
+    return packed
 
 
 def in_pairs(symbols: np.ndarray) -> np.ndarray:
@@ -126,8 +147,24 @@ def from_parts(packed: np.ndarray, count: int) -> np.ndarray:
     symbols = np.zeros(8 * unit, dtype=np.uint8)
     for w, low in parts(bits):
         part = packed[low : low + w].reshape(-1)
-        for slot in range(8 // w):
-            symbols[slot * w * unit : (slot + 1) * w * unit] |= ((part >> (w * slot)) & (2**w - 1)) << low
+        for slot, start in itertools.product(range(8 // w), range(0, w * unit, CHUNK)):
+            piece = part[start : start + CHUNK]
+            first = slot * w * unit + start
+            symbols[first : first + len(piece)] |= ((piece >> (w * slot)) & (2**w - 1)) << low
+    return symbols[:count]
+
+
+def from_pairs(pairs: np.ndarray, count: int) -> np.ndarray:
+    """Return the first `count` symbols of bytes that hold two each, as uint8; the inverse of `in_pairs`.
+
+    Raises:
+        ValueError: the bytes are not those of `count` symbols.
+    """
+    if len(pairs) != (count + 1) // 2:
+        raise ValueError(f"{len(pairs)} bytes do not hold {count} symbols of four bits")
+    symbols = np.empty(2 * len(pairs), dtype=np.uint8)
+    np.bitwise_and(pairs, 15, out=symbols[0::2])
+    np.right_shift(pairs, 4, out=symbols[1::2])
     return symbols[:count]
 
 

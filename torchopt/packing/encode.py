@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from torchopt.packing.bits import histogram, to_parts, translated, width
-from torchopt.packing.encoding import CHUNK, CONSTANT_AT_MOST, Encoding
+from torchopt.packing.bits import CHUNK, flags_to_parts, histogram, translated, width
+from torchopt.packing.encoding import CONSTANT_AT_MOST, Encoding
 from torchopt.packing.planes import dense_bits, ranked, split
 from torchopt.packing.positions import best_gap_bits, gaps
 
@@ -58,28 +58,37 @@ def _candidates(value: np.ndarray) -> Iterator[Encoding]:
 
 def _sparse(value: np.ndarray, bits: np.ndarray, found: tuple[np.ndarray, np.ndarray] | None) -> Iterator[Encoding]:
     """The encoding that says where the nonzeros are."""
-    kept = np.flatnonzero(bits != 0)  # flags: numpy finds them twice as fast as numbers
-    inner = _table(bits[kept]) if found is None else None
-    if found is not None and found[0][0] == 0:  # the values rise as unsigned integers, so zero has code 0
-        inner = (found[0][1:], found[1][kept] - np.uint8(1))
+    kept = _nonzeros(bits, bits if found is None else found[1])
+    # The values rise as unsigned integers, so zero has code 0.
+    inner = _table(kept) if found is None else (found[0][1:], np.subtract(kept, np.uint8(1), out=kept))
     if inner is None:
-        yield _build(value, *_placed(bits, kept, "raw", bits[kept], np.empty(0, np.uint8)))
+        yield _build(value, *_placed(bits, "raw", kept, np.empty(0, np.uint8)))
     elif len(inner[0]) == 1:
-        yield _build(value, *_placed(bits, kept, "one", inner[0], np.empty(0, np.uint8)))
+        yield _build(value, *_placed(bits, "one", inner[0], np.empty(0, np.uint8)))
     elif len(inner[0]):
-        yield _build(value, *_placed(bits, kept, "table", *inner))
+        yield _build(value, *_placed(bits, "table", *inner))
+
+
+def _nonzeros(bits: np.ndarray, taken: np.ndarray) -> np.ndarray:
+    """The elements of `taken` where `bits` is not zero."""
+    out, end = np.empty(np.count_nonzero(bits), taken.dtype), 0
+    for start in range(0, bits.size, CHUNK):
+        piece = taken[start : start + CHUNK][bits[start : start + CHUNK] != 0]
+        out[end : end + len(piece)] = piece
+        end += len(piece)
+    return out
 
 
 def _placed(
-    bits: np.ndarray, kept: np.ndarray, values: str, table: np.ndarray, codes: np.ndarray
+    bits: np.ndarray, values: str, table: np.ndarray, codes: np.ndarray
 ) -> tuple[str, str, np.ndarray, np.ndarray, np.ndarray, int]:
     """Choose the bitmask, or the gaps in their best width where they are clearly smaller; the arguments of `_build` from there on."""
-    if len(kept) < 0.45 * len(bits):  # with more nonzeros a bit an element is less than any gaps
-        gap_bits, size = best_gap_bits(kept, len(bits))
+    if np.count_nonzero(bits) < 0.45 * len(bits):  # with more nonzeros a bit an element is less than any gaps
+        gap_bits, size = best_gap_bits(bits)
         coded = table.nbytes if values == "raw" else len(codes) * width(table.shape[-1] - 1) // 8
         if size + coded < GAPS_AT_MOST * (len(bits) // 8 + coded):
-            return "gaps", values, table, codes, gaps(kept, gap_bits, len(bits)), gap_bits
-    return "mask", values, table, codes, to_parts(bits != 0, 1)[0], 0
+            return "gaps", values, table, codes, gaps(bits, gap_bits), gap_bits
+    return "mask", values, table, codes, flags_to_parts(bits), 0
 
 
 def _patched(value: np.ndarray, bits: np.ndarray, values: np.ndarray, codes: np.ndarray) -> Iterator[Encoding]:
@@ -140,11 +149,10 @@ def _per_channel(value: np.ndarray, bits: np.ndarray, distinct: int) -> Iterator
     if max(map(len, tables)) > min(TABLE_AT_MOST, rows.shape[1]):
         return
     yield _build(value, "all", "channel", *_coded_rows(bits, _grouped(tables)))
-    kept = np.flatnonzero(bits != 0)
     with_zero = [t if t[0] == 0 else np.append(t[:0], [0, *t]).astype(t.dtype) for t in tables]
-    if len(kept) < 0.9 * bits.size and max(map(len, with_zero)) <= TABLE_AT_MOST:
+    if np.count_nonzero(bits) < 0.9 * bits.size and max(map(len, with_zero)) <= TABLE_AT_MOST:
         table, codes = _coded_rows(bits, _grouped(with_zero))  # zero is the least of the values, so has code 0 in every table
-        yield _build(value, *_placed(bits, kept, "channel", table, codes[kept]))
+        yield _build(value, *_placed(bits, "channel", table, _nonzeros(bits, codes)))
 
 
 def _grouped(tables: list[np.ndarray]) -> list[np.ndarray]:
@@ -165,8 +173,10 @@ def _coded_rows(bits: np.ndarray, tables: list[np.ndarray]) -> tuple[np.ndarray,
     """Return (the tables as one array, the codes of all elements), each table serving an equal share of the elements."""
     most = max(map(len, tables))
     table = np.stack([np.append(t, np.full(most - len(t), t[-1])) for t in tables])
-    shares = bits.reshape(len(tables), -1)
-    return table, np.concatenate([_codes(t, share) for t, share in zip(tables, shares, strict=True)])
+    codes = np.empty((len(tables), bits.size // len(tables)), np.uint8)
+    for row, t, share in zip(codes, tables, bits.reshape(len(tables), -1), strict=True):
+        row[:] = _codes(t, share)
+    return table, codes.reshape(-1)
 
 
 def _build(

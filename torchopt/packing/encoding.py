@@ -19,12 +19,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from torchopt.packing.bits import from_parts, histogram, stream_bytes, translated
+from torchopt.packing.bits import CHUNK, from_parts, histogram, stream_bytes, translated
 from torchopt.packing.planes import Plane, merged, planes_bytes
 from torchopt.packing.positions import from_gaps
 
 CONSTANT_AT_MOST = 1 << 20  # bytes of a constant tensor kept as one value: a small file never claims a huge tensor
-CHUNK = 1 << 18  # elements translated at a time: temporaries stay small and in cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +118,7 @@ def decode(encoding: Encoding) -> np.ndarray:
     if encoding.values == "raw":
         return _scattered(kept, table, count).reshape(encoding.shape)
     if encoding.values == "one":
-        return _scattered(kept, np.full(len(kept), table[0]), count).reshape(encoding.shape)
+        return _scattered(kept, np.full(int(np.count_nonzero(kept)), table[0]), count).reshape(encoding.shape)
     if encoding.values == "channel":
         return _translated_rows(_scattered(kept, encoding.codes, count), encoding).reshape(encoding.shape)
     return _scattered(kept, _translate(encoding.codes, table), count).reshape(encoding.shape)
@@ -135,16 +134,30 @@ def entropy_bytes(value: np.ndarray, encoding: Encoding) -> int:
             counts = np.append(counts if encoding.code_bits else [nonzeros], value.size - nonzeros)
         counts = counts[counts > 0]
     else:
-        counts = np.unique(value.reshape(-1).view(f"u{value.dtype.itemsize}"), return_counts=True)[1]
-    share = counts / counts.sum()
-    return math.ceil(value.size * float(-(share * np.log2(share)).sum()) / 8) + len(counts) * value.dtype.itemsize
+        raw = encoding.table if encoding.values == "raw" else value.reshape(-1)
+        counts = _frequencies(raw.view(f"u{value.dtype.itemsize}"))
+        counts = np.append(counts, value.size - raw.size) if raw.size < value.size else counts
+    weighted = sum(float(c @ np.log2(c)) for c in np.array_split(counts, 1 + len(counts) // CHUNK))  # Σ c log c
+    bits = value.size * math.log2(value.size) - weighted
+    return math.ceil(max(0.0, bits) / 8 - 1e-6) + len(counts) * value.dtype.itemsize
 
 
-def _translate(codes: np.ndarray, table: np.ndarray) -> np.ndarray:
+def _frequencies(bits: np.ndarray) -> np.ndarray:
+    """How often each distinct value occurs, int32 (distinct values,)."""
+    ordered, last, runs = np.sort(bits), 0, []
+    for start in range(0, len(bits), CHUNK):
+        piece = ordered[start : start + CHUNK + 1]
+        ends = start + 1 + np.flatnonzero(piece[1:] != piece[:-1])
+        runs.append(np.diff(ends, prepend=last).astype(np.int32))
+        last = int(ends[-1]) if len(ends) else last
+    return np.concatenate([*runs, np.array([len(bits) - last], np.int32)])
+
+
+def _translate(codes: np.ndarray, table: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """table[codes], a piece at a time: numpy widens the indices to eight bytes."""
     if table.itemsize == 1:
-        return translated(codes, table)
-    out = np.empty(len(codes), dtype=table.dtype)
+        return translated(codes, table, out)
+    out = np.empty(len(codes), dtype=table.dtype) if out is None else out
     for start in range(0, len(codes), CHUNK):
         out[start : start + CHUNK] = table[codes[start : start + CHUNK]]
     return out
@@ -156,20 +169,24 @@ def _translated_rows(codes: np.ndarray, encoding: Encoding) -> np.ndarray:
     channels = len(table) if encoding.values == "channel" else 1
     if count != len(codes) or channels == 0 or count % channels:
         raise ValueError(f"{len(codes)} codes in {channels} channels for {count} elements")
-    rows = zip(codes.reshape(channels, -1), table.reshape(channels, -1), strict=True)
-    return np.concatenate([_translate(row, values) for row, values in rows])
+    out = np.empty((channels, count // channels), dtype=table.dtype)
+    for row, shares, values in zip(out, codes.reshape(channels, -1), table.reshape(channels, -1), strict=True):
+        _translate(shares, values, row)
+    return out.reshape(-1)
 
 
 def _scattered(kept: np.ndarray, nonzeros: np.ndarray, count: int) -> np.ndarray:
-    if len(nonzeros) != len(kept):
-        raise ValueError(f"{len(nonzeros)} values for {len(kept)} nonzeros")
+    there = int(np.count_nonzero(kept))
+    if len(nonzeros) != there:
+        raise ValueError(f"{len(nonzeros)} values for {there} nonzeros")
     dense = np.zeros(count, dtype=nonzeros.dtype)
     dense[kept] = nonzeros
     return dense
 
 
 def _kept(encoding: Encoding, count: int) -> np.ndarray:
+    """Which elements are not zero, bool (count,)."""
     assert encoding.where is not None
     if encoding.positions == "mask":
-        return np.flatnonzero(from_parts(encoding.where[None, :], count))
+        return from_parts(encoding.where[None, :], count).view(bool)
     return from_gaps(encoding.where, encoding.gap_bits, count)

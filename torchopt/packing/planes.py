@@ -57,13 +57,13 @@ def dense_bits(counts: np.ndarray) -> tuple[int, float] | None:
 
 
 def split(codes: np.ndarray, low: int, whole: int) -> tuple[np.ndarray, tuple[Plane, ...]]:
-    """Return the low bits of codes of `whole` bits, and the planes above them, the lowest first."""
+    """Return the low bits of codes of `whole` bits, written over them, and the planes above them, the lowest first."""
     planes = []
     for bit in range(low, whole):
-        where = np.flatnonzero((codes & np.uint8(1 << bit)) != 0)
-        gap_bits, _ = best_gap_bits(where, len(codes))
-        planes.append((gap_bits, gaps(where, gap_bits, len(codes))))
-    return codes & np.uint8(2**low - 1), tuple(planes)
+        gap_bits, _ = best_gap_bits(codes, 1 << bit)
+        planes.append((gap_bits, gaps(codes, gap_bits, 1 << bit)))
+    codes &= np.uint8(2**low - 1)
+    return codes, tuple(planes)
 
 
 def merged(low_codes: np.ndarray, low: int, planes: tuple[Plane, ...]) -> np.ndarray:
@@ -74,7 +74,9 @@ def merged(low_codes: np.ndarray, low: int, planes: tuple[Plane, ...]) -> np.nda
     """
     codes = low_codes.copy()
     for bit, (gap_bits, symbols) in enumerate(planes, start=low):
-        codes[from_gaps(symbols, gap_bits, len(codes))] |= np.uint8(1 << bit)
+        flags = from_gaps(symbols, gap_bits, len(codes)).view(np.uint8)
+        flags <<= bit
+        codes |= flags
     return codes
 
 
