@@ -13,9 +13,10 @@ from torchopt.quantize.corrections.bias import mean_shift
 from torchopt.quantize.corrections.columns import Columns, columns
 from torchopt.quantize.corrections.equalize import Peaks, equalize
 from torchopt.quantize.corrections.reach import choose_reach, hold
-from torchopt.quantize.corrections.walk import kept, rounding, walk
+from torchopt.quantize.corrections.walk import rounding, walk
 from torchopt.quantize.layers import FusedConv2d, FusedLinear
 from torchopt.quantize.modules import Fused
+from torchopt.quantize.pieces import kept
 
 
 def small_net():

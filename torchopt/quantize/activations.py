@@ -144,7 +144,7 @@ class ActivationQuantizer(FakeQuantizeBase):
         """Observe where asked, then round where asked; x of any shape, float."""
         x = x.float()  # grids are float32, also under autocast
         if self.calibrating:
-            self.observer.observe(x.detach())
+            self.observer.observe(in_memory_order(x.detach()))
             return x
         if self.training and self.observing and not (self.learn and self.ready):  # a learned scale starts from the first batch
             return self._follow(x)

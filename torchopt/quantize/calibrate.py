@@ -5,7 +5,7 @@ Each observer sees each batch once and keeps state of a fixed size; the ranges a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,8 +16,9 @@ from torchopt.errors import DataError, StateError
 from torchopt.progress import track
 from torchopt.quantize.activations import ActivationQuantizer
 from torchopt.quantize.corrections import ahead, correct, undisturbed
-from torchopt.quantize.corrections.walk import Call
+from torchopt.quantize.folding import folded_once
 from torchopt.quantize.output_error import choose_ranges
+from torchopt.quantize.pieces import Call, in_pieces
 
 
 @torch.no_grad()
@@ -54,28 +55,37 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], *, progress: bool = Tr
     quantizers = {name: m for name, m in model.named_modules() if isinstance(m, ActivationQuantizer) and not m.fixed}
     if not quantizers:
         raise StateError("calibrate: nothing in this model observes data; quantize with mode='static' in prepare")
-    calls, samples = ahead(model, _calls(model, batches))
     training = model.training
     model.eval()
-    for quantizer in quantizers.values():
+    try:
+        calls, samples = ahead(model, in_pieces(model, _calls(model, batches)))
+        if _observe(model, list(quantizers.values()), track(calls, "calibrate", enabled=progress)) == 0:
+            raise DataError("calibrate: the loader gave no batch; give at least one")
+        for quantizer in quantizers.values():
+            quantizer.set_range(*quantizer.observer.range())
+        choose_ranges(model, samples)
+        correct(model, samples, progress=progress)
+    finally:
+        model.train(training)
+
+
+def _observe(model: nn.Module, quantizers: Sequence[ActivationQuantizer], calls: Iterable[Sequence[Call]]) -> int:
+    """Run all calls, each given as its pieces, through the observers; return how many there were."""
+    count = 0
+    for quantizer in quantizers:
         quantizer.observer.reset()
         quantizer.calibrating = True
-    count = 0
     try:
-        with undisturbed(model):
-            for args, kwargs in track(calls, "calibrate", enabled=progress):
-                model(*args, **kwargs)
-                count += 1
+        with undisturbed(model), folded_once(model.modules()):
+            for count, pieces in enumerate(calls, 1):  # noqa: B007
+                for args, kwargs in pieces:
+                    model(*args, **kwargs)
+                for quantizer in quantizers:
+                    quantizer.observer.end_batch()
     finally:
-        for quantizer in quantizers.values():
+        for quantizer in quantizers:
             quantizer.calibrating = False
-        model.train(training)
-    if count == 0:
-        raise DataError("calibrate: the loader gave no batch; give at least one")
-    for quantizer in quantizers.values():
-        quantizer.set_range(*quantizer.observer.range())
-    choose_ranges(model, samples)
-    correct(model, samples, progress=progress)
+    return count
 
 
 def _calls(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Call]:

@@ -46,6 +46,7 @@ class Fused(nn.Module):
         shift: what bias correction adds to each channel before the activation, while the weight is rounded; None without it.
         reach: where the grid of each channel ends, as a fraction of the largest |w|; None is 1 (8 bits, learned scales).
         reads: the quantizer of the input, where the runtime keeps the bias as an integer, in steps of both scales; else None.
+        held: weight and bias folded beforehand, while calibration only runs the network (`folding.folded_once`); else None.
     """
 
     weight: Any  # a Parameter, or what a mask and a table make of one
@@ -58,6 +59,7 @@ class Fused(nn.Module):
     reach: torch.Tensor | None
     shift: torch.Tensor | None
     reads: Any
+    held: tuple[torch.Tensor, torch.Tensor | None] | None = None
     fake_quant_enabled: torch.Tensor
     bn_frozen: torch.Tensor
 
@@ -168,16 +170,28 @@ class Fused(nn.Module):
         """Return act(bn(layer(x))); x as the float layer takes it."""
         if args:
             raise ModelError(f"{type(self).__name__}: takes one input, got {1 + len(args)}; leave the layer out of quantization")
-        w = self.weight
-        if self.training or not self.rounding or not self.bn_is_fixed:
+        if self.held is not None:
+            y = self.compute(x, *self.held)
+        elif self.training or not self.rounding or not self.bn_is_fixed:
+            w = self.weight
             y = self.compute(x, self.fake_quantized(w) if self.rounding else w, self.bias)
             y = y if self.bn is None else self.bn(y)
             if self.shift is not None and self.rounding:
                 y = y + along(self.shift, y.dim(), self.channel_axis)
         else:
-            weight, bias, _ = self.folded(w)
-            y = self.compute(x, weight, bias)
+            y = self.compute(x, *self.in_use())
         return y if self.act is None else self.act(y)
+
+    def in_use(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return weight and bias as evaluation uses them: batch norm folded in, the weight on its grid while it is rounded."""
+        if self.rounding:
+            weight, bias, _ = self.folded(self.weight)
+            return weight, bias
+        if self.bn is None:
+            return self.weight, self.bias
+        factor, shift = batch_norm_affine(self.bn)  # type: ignore[arg-type]
+        bias = shift if self.bias is None else self.bias * factor + shift
+        return self.weight * along(factor, self.weight.dim(), self.out_axis), bias
 
     @property
     def bn_is_fixed(self) -> bool:

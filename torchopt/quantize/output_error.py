@@ -19,13 +19,15 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from torchopt.quantize.activations import ActivationQuantizer
-from torchopt.quantize.corrections.walk import Call, kept, rounding
+from torchopt.quantize.corrections.walk import rounding
+from torchopt.quantize.folding import folded_once
 from torchopt.quantize.observers.histogram import StreamingHistogram
 from torchopt.quantize.observers.ranges import mse_range
+from torchopt.quantize.pieces import Call, kept
+from torchopt.quantize.rounding import in_memory_order, order
 
 SAMPLES = 32
-PIECE = 8  # samples a backward pass, so that memory does not depend on the batches
-MOST = 1 << 20  # values of one activation that a pass counts
+MOST = 1 << 17  # values of one activation that a pass counts
 
 
 def choose_ranges(model: nn.Module, calls: Sequence[Call], seed: int = 0) -> None:
@@ -33,7 +35,7 @@ def choose_ranges(model: nn.Module, calls: Sequence[Call], seed: int = 0) -> Non
 
     Args:
         model: what `attach` returned, all ranges set.
-        calls: samples, as the arguments of the model.
+        calls: samples, as the arguments of the model, a few in each so that a backward pass fits into memory.
         seed: of the projections.
     """
     quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer) and m.by_output]
@@ -41,8 +43,8 @@ def choose_ranges(model: nn.Module, calls: Sequence[Call], seed: int = 0) -> Non
         return
     seen = {quantizer: StreamingHistogram().to(quantizer.min_val.device) for quantizer in quantizers}
     generator = torch.Generator().manual_seed(seed)
-    with rounding(model, enabled=False), torch.enable_grad():
-        for args, kwargs in _pieces(kept(calls, SAMPLES)):
+    with rounding(model, enabled=False), folded_once(model.modules()), torch.enable_grad():
+        for args, kwargs in kept(calls, SAMPLES):
             for quantizer, x, gradient in _gradients(model, quantizers, args, kwargs, generator):
                 _count(seen[quantizer], x, gradient)
     for quantizer, histogram in seen.items():
@@ -75,26 +77,11 @@ def _gradients(
 
 def _count(histogram: StreamingHistogram, x: torch.Tensor, gradient: torch.Tensor) -> None:
     every = x.numel() // MOST | 1  # odd, so that it does not follow rows
-    values, weights = x.flatten()[::every], gradient.flatten()[::every].double().square()
+    weights = gradient.permute(order(x)).reshape(-1)[::every].double().square()
+    values = in_memory_order(x)[::every]
     histogram.observe(values, weights * (values != 0))
 
 
 def _differentiable(value: Any) -> Any:
     floating = isinstance(value, torch.Tensor) and value.is_floating_point()
     return value.detach().requires_grad_() if floating else value
-
-
-def _pieces(calls: Sequence[Call]) -> Iterator[Call]:
-    """Cut calls along the batch into parts of `PIECE` samples."""
-    for args, kwargs in calls:
-        size = next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.dim()), 1)
-        for start in range(0, size, PIECE):
-            yield (
-                tuple(_part(x, size, start) for x in args),
-                {name: _part(x, size, start) for name, x in kwargs.items()},
-            )
-
-
-def _part(value: Any, size: int, start: int) -> Any:
-    batched = isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == size
-    return value[start : start + PIECE] if batched else value

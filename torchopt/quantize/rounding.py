@@ -52,10 +52,11 @@ def in_memory_order(x: torch.Tensor) -> torch.Tensor:
         >>> in_memory_order(torch.arange(6).reshape(2, 3).T)
         tensor([0, 1, 2, 3, 4, 5])
     """
-    return x.permute(_order(x)).reshape(-1)
+    return x.permute(order(x)).reshape(-1)
 
 
-def _order(x: torch.Tensor) -> list[int]:
+def order(x: torch.Tensor) -> list[int]:
+    """Return the dimensions of a tensor, from the slowest to the fastest in its memory."""
     return sorted(range(x.dim()), key=x.stride, reverse=True)
 
 
@@ -98,7 +99,7 @@ class _LearnedRound(torch.autograd.Function):
         x, scale = ctx.saved_tensors
         grid = float(scale), *ctx.ends
         to_x = _inside(gradient, x, *grid)
-        order = _order(x)
-        flat = [t.permute(order).reshape(-1) for t in (gradient, _rounded(x, *grid), to_x, x)]
+        dims = order(x)
+        flat = [t.permute(dims).reshape(-1) for t in (gradient, _rounded(x, *grid), to_x, x)]
         to_scale = (torch.dot(flat[0], flat[1]) - torch.dot(flat[2], flat[3])) / scale * ctx.damping
         return to_x, to_scale, None, None, None

@@ -26,9 +26,11 @@ from torchopt.quantize.corrections.columns import LAYERS
 from torchopt.quantize.corrections.equalize import equalize
 from torchopt.quantize.corrections.least_squares import round_by_least_squares
 from torchopt.quantize.corrections.reach import choose_reach
-from torchopt.quantize.corrections.walk import SAMPLES, Call, holds_table, kept, rounding, walk
+from torchopt.quantize.corrections.walk import holds_table, rounding, walk
 from torchopt.quantize.modules import LOW_BITS, Fused
+from torchopt.quantize.pieces import Call, kept
 
+SAMPLES = 128  # what corrections learn from; more samples cost memory and change the third digit
 ROUND = {"least_squares": round_by_least_squares, "adaptive": round_adaptively}
 
 
@@ -47,8 +49,12 @@ def check(model: nn.Module) -> None:
             )
 
 
-def ahead(model: nn.Module, calls: Iterable[Call]) -> tuple[Iterable[Call], list[Call]]:
+def ahead(model: nn.Module, calls: Iterable[list[Call]]) -> tuple[Iterable[list[Call]], list[Call]]:
     """Before activations are observed: equalize, choose where low-bit grids end, and keep samples for what comes after.
+
+    Args:
+        model: what `attach` returned.
+        calls: each as the pieces that together are it.
 
     Returns:
         All the calls again, and the kept samples (none where no correction needs them).
@@ -113,14 +119,14 @@ def _rounds(layer: Fused) -> bool:
     return free and layer.config.rounding in ROUND
 
 
-def _taken(calls: Iterable[Call]) -> tuple[Iterable[Call], list[Call]]:
+def _taken(calls: Iterable[list[Call]]) -> tuple[Iterable[list[Call]], list[Call]]:
     """Read as many calls as hold `SAMPLES` samples; iterators are put together again."""
     stream, seen = iter(calls), []
 
     def read() -> Iterator[Call]:
-        for call in stream:
-            seen.append(call)
-            yield call
+        for pieces in stream:
+            seen.append(pieces)
+            yield from pieces
 
     samples = kept(read(), SAMPLES)
     return itertools.chain(seen, stream), samples

@@ -26,8 +26,10 @@ from torch import fx, nn
 
 from torchopt.errors import DataError, ModelError
 from torchopt.quantize.activations import ActivationQuantizer
-from torchopt.quantize.corrections.walk import Call, holds_table, ordered, rounding
+from torchopt.quantize.corrections.walk import holds_table, ordered, rounding
+from torchopt.quantize.folding import folded_once
 from torchopt.quantize.modules import Fused
+from torchopt.quantize.pieces import Call
 from torchopt.quantize.weight_grid import lsq_start
 from torchopt.weights import Weight
 
@@ -71,7 +73,7 @@ def equalize(model: nn.Module, calls: Sequence[Call]) -> int:
     if not isinstance(model, fx.GraphModule):
         raise ModelError(f"equalize: {type(model).__name__} is not a traced model; use mode='static'")
     peaks = Peaks(model)
-    with rounding(model, enabled=False):
+    with rounding(model, enabled=False), folded_once(model.modules()):
         for args in ordered(model, calls):
             peaks.run(*args)
     if not all(bool(torch.isfinite(peak).all()) for peak in peaks.found.values()):
@@ -99,7 +101,8 @@ class Peaks(fx.Interpreter):
                 self.found.pop(node, None)
             return value
         if n.op != "output" and isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 2:
-            peak = value.abs().transpose(0, 1).flatten(1).amax(1)
+            rows = value.movedim(1, -1).flatten(0, -2)  # a view where channels are last
+            peak = torch.maximum(rows.amax(0), -rows.amin(0))
             before = self.found.get(n)
             self.found[n] = peak if before is None or before.shape != peak.shape else torch.maximum(before, peak)
         return value

@@ -18,11 +18,10 @@ from torch.nn.utils import parametrize
 
 from torchopt.errors import ModelError
 from torchopt.quantize.activations import ActivationQuantizer
+from torchopt.quantize.folding import folded_once
 from torchopt.quantize.modules import Fused
+from torchopt.quantize.pieces import Call
 
-SAMPLES = 128  # what corrections learn from; more samples cost memory and change the third digit
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 Env = dict[fx.Node, Any]
 
 
@@ -80,7 +79,7 @@ def _layer(
 ) -> Iterator[Visit]:
     """Run a quantized layer on both sides; between the two, let the caller see and change it."""
     act, layer.act = layer.act, None
-    with _as_is(layer):
+    with _as_is(layer), folded_once([layer]):
         for floats, _ in sides:
             floats[node] = _run(runner, node, floats)
     layer.act = act
@@ -88,32 +87,15 @@ def _layer(
         seen.add(layer)
         inputs = [rounded[node.all_input_nodes[0]] for _, rounded in sides]
         yield Visit(name=str(node.target), layer=layer, inputs=inputs, floats=[floats[node] for floats, _ in sides])
-    for floats, rounded in sides:
-        floats[node] = floats[node] if act is None else act(floats[node])
-        rounded[node] = _run(runner, node, rounded)
+    with folded_once([layer]):
+        for floats, rounded in sides:
+            floats[node] = floats[node] if act is None else act(floats[node])
+            rounded[node] = _run(runner, node, rounded)
 
 
 def holds_table(layer: Fused) -> bool:
     """True where a table of shared values holds the layer's weight, masked or not."""
     return any(parametrize.is_parametrized(layer, name) for name in ("weight", "weight_orig"))
-
-
-def kept(calls: Iterable[Call], count: int = SAMPLES) -> list[Call]:
-    """Return the first calls that together hold `count` samples, the last one cut to fit."""
-    found: list[Call] = []
-    for args, kwargs in calls:
-        size = next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.dim()), 1)
-        cut = [_head(x, size, count) for x in args]
-        found.append((tuple(cut), {k: _head(x, size, count) for k, x in kwargs.items()}))
-        count -= size
-        if count <= 0:
-            break
-    return found
-
-
-def _head(value: Any, size: int, count: int) -> Any:
-    """The first `count` samples of what has `size` of them, and anything else as it is."""
-    return value[:count] if isinstance(value, torch.Tensor) and value.dim() and len(value) == size else value
 
 
 @contextmanager

@@ -22,10 +22,7 @@ class Distribution(Observer):
 
     def observe(self, x: torch.Tensor) -> None:
         """Count the values of `x`; a batch with NaN or infinity makes the range so too, which calibration refuses."""
-        if bool(torch.isfinite(x).all()):
-            self.histogram.observe(x)
-        else:
-            self.histogram.low.fill_(torch.nan)
+        self.histogram.observe(x)
 
     def range(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the range chosen; infinite where nothing was seen."""

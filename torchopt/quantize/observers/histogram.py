@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 BINS = 2048
+FINEST = -100  # exponent of a width whose inverse is a float32 too
 
 
 class StreamingHistogram(nn.Module):
@@ -50,19 +51,23 @@ class StreamingHistogram(nn.Module):
 
     @torch.no_grad()
     def observe(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Count the values of `x`, a finite floating-point tensor of any shape; each counts its weight (same shape), or 1."""
-        x = x.detach().float()
-        low, high = (float(v) for v in torch.aminmax(x))
+        """Count the values of `x`, floating point of any shape; each counts its weight (same shape), or 1.
+
+        Where a value is NaN or infinite nothing is counted, and `low` is NaN from then on.
+        """
+        x = x.detach().float().flatten()
+        low, high = torch.stack(torch.aminmax(x)).tolist()
+        if bool(self.low.isnan()):
+            return
+        if not (math.isfinite(low) and math.isfinite(high)):
+            self.low.fill_(torch.nan)
+            return
         if not self.empty:
             low, high = min(low, float(self.low)), max(high, float(self.high))
         self._cover(low, high)
         width = 2.0 ** int(self.exponent)
-        start = int(self.first) * width
-        if weights is None:
-            self.counts += torch.histc(x, BINS, start, start + BINS * width).to(torch.float64)
-        else:
-            bins = ((x.flatten() - start) / width).long().clamp(0, BINS - 1)
-            self.counts += torch.bincount(bins, weights.flatten().double(), BINS)
+        bins = x.sub(int(self.first) * width).mul_(1 / width).int().clamp_(0, BINS - 1)  # and bincount: a fourth of histc's time
+        self.counts += torch.bincount(bins, None if weights is None else weights.flatten().double(), BINS)
         self.low.fill_(low)
         self.high.fill_(high)
 
@@ -91,4 +96,4 @@ class StreamingHistogram(nn.Module):
 
 def _exponent_for(span: float) -> int:
     """The finest width that covers `span` in half of the bins, so that the next batches seldom make it grow."""
-    return math.ceil(math.log2(span / (BINS // 2))) if span > 0 else -24
+    return max(FINEST, math.ceil(math.log2(span / (BINS // 2)))) if span > 0 else -24

@@ -15,11 +15,14 @@ MOMENTUM = 0.1  # weight of the newest calibration batch; about the last ten bat
 
 
 class Observer(nn.Module):
-    """Remembers a tensor's distribution; `observe` each batch, then ask `range`."""
+    """Remembers a tensor's distribution; `observe` each piece of a batch, `end_batch` after the last, in the end ask `range`."""
 
     def observe(self, x: torch.Tensor) -> None:
-        """Take in one batch, a float tensor of any shape."""
+        """Take in a batch or a piece of one, a float tensor of any shape."""
         raise NotImplementedError
+
+    def end_batch(self) -> None:
+        """A batch is complete; matters to observers that treat batches as units."""
 
     def range(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the smallest and the largest value to represent, 0-d float32 tensors."""
@@ -44,10 +47,10 @@ class MinMax(Observer):
     low: torch.Tensor
     high: torch.Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, *, persistent: bool = True) -> None:
         super().__init__()
-        self.register_buffer("low", torch.tensor(torch.inf))
-        self.register_buffer("high", torch.tensor(-torch.inf))
+        self.register_buffer("low", torch.tensor(torch.inf), persistent=persistent)
+        self.register_buffer("high", torch.tensor(-torch.inf), persistent=persistent)
 
     def observe(self, x: torch.Tensor) -> None:
         """Widen the range to hold `x`."""
@@ -72,13 +75,30 @@ class MovingAverage(MinMax):
         >>> seen = MovingAverage()
         >>> for batch in ([-1.0, 1.0], [0.0, 0.0]):
         ...     seen.observe(torch.tensor(batch))
+        ...     seen.end_batch()
         >>> seen.range()
         (tensor(-0.9000), tensor(0.9000))
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch = MinMax(persistent=False)
+
     def observe(self, x: torch.Tensor) -> None:
-        """Move the range towards that of `x`; the first batch sets it."""
-        low, high = torch.aminmax(x)
-        first = torch.isinf(self.low)
+        """Widen the range of the current batch to hold `x`."""
+        self.batch.observe(x)
+
+    def end_batch(self) -> None:
+        """Move the range towards that of the batch; the first one sets it."""
+        low, high = self.batch.range()
+        if bool(low > high):
+            return  # nothing was seen
+        first = self.low > self.high
         self.low.copy_(torch.where(first, low, torch.lerp(self.low, low, MOMENTUM)))
         self.high.copy_(torch.where(first, high, torch.lerp(self.high, high, MOMENTUM)))
+        self.batch.reset()
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        super().reset()
+        self.batch.reset()

