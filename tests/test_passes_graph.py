@@ -456,3 +456,19 @@ def test_tidy_keeps_two_equal_weights_apart_whose_scales_differ() -> None:
     TidyPass(frozenset({"a", "b"}))(graph)
     assert set(graph.graph.initializers) == {"a", "b", "s", "t", "one"}
     np.testing.assert_array_equal(run(graph, np.eye(2, dtype=np.float32)), [[1.125, 1.0], [1.0, 1.125]])
+
+
+def test_a_branch_may_hand_on_a_value_of_the_outer_graph():
+    text = """<ir_version: 10, opset_import: ["" : 21]> g (float[2] x, bool c) => (float[2] y) {
+        z = Relu(x)
+        w = Identity(z)
+        y = If (c) <
+            then_branch = t () => (float[2] a) { a = Identity(w) },
+            else_branch = e () => (float[2] b) { d = Neg(z) b = Identity(d) }
+        >
+    }"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    TidyPass()(model)
+    onnx.checker.check_model(ir.to_proto(model))
+    branches = [a.as_graph() for node in model.graph if node.op_type == "If" for a in node.attributes.values()]
+    assert [[n.op_type for n in branch] for branch in branches] == [["Identity"], ["Neg"]]

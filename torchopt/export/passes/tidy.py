@@ -32,7 +32,7 @@ class TidyPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Tidy `model` in place."""
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-        common.IdentityEliminationPass()(model)
+        _drop_identities(model)
         log = logging.getLogger("onnxscript")
         level = log.level
         log.setLevel(logging.ERROR)
@@ -42,7 +42,6 @@ class TidyPass(ir.passes.InPlacePass):
             log.setLevel(level)
         for step in (
             common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-            common.IdentityEliminationPass(),
             common.CommonSubexpressionEliminationPass(),
             common.RemoveUnusedNodesPass(),
             common.RemoveUnusedFunctionsPass(),
@@ -50,6 +49,7 @@ class TidyPass(ir.passes.InPlacePass):
             common.ClearMetadataAndDocStringPass(),
         ):
             step(model)
+        _drop_identities(model)
         self._drop_zero_biases(model.graph)
         merge_equal(model.graph, self.keep)
         return ir.passes.PassResult(model, modified=True)
@@ -73,3 +73,19 @@ class TidyPass(ir.passes.InPlacePass):
         if node.op_type == "Cast" and node.inputs[0] is not None and node.inputs[0].dtype == ir.DataType.FLOAT16:
             return False  # stored so to save bytes
         return False if any(value is not None and value.name in self.keep for value in node.inputs) else None
+
+
+def _drop_identities(model: ir.Model) -> None:
+    """Remove Identity nodes, except one that hands a value of an outer graph, an input or a constant on as a graph's output."""
+    for node in list(ir.traversal.RecursiveGraphIterator(model.graph)):
+        if node.op_type != "Identity" or node.domain or node.inputs[0] is None:
+            continue
+        source, result = node.inputs[0], node.outputs[0]
+        if result.is_graph_output():
+            made = source.producer()
+            if made is None or made.graph is not node.graph or source.is_graph_output():
+                continue
+            source.name = result.name
+        ir.convenience.replace_all_uses_with(result, source, replace_graph_outputs=True)
+        assert node.graph is not None
+        node.graph.remove(node, safe=True)
