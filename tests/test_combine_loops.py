@@ -205,3 +205,19 @@ def test_ranks_with_other_rules_are_refused(tmp_path):
     mp.spawn(_rank_with_other_rules, (free_port(), str(tmp_path)), nprocs=2)
     for rank in (0, 1):
         assert "ranks [1] were prepared with other rules than rank 0" in (tmp_path / f"{rank}.txt").read_text()
+
+
+def test_the_report_in_training_shows_what_would_be_baked():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU())
+    x = torch.randn(4, 3, 12, 12)
+    rule = torchopt.Rule("*", cluster=torchopt.Cluster(n_clusters=16), quantize=torchopt.Quantize())
+    model = torchopt.prepare(plain, [rule], example_inputs=(x,))
+    assert [row.bits for row in torchopt.report(plain).rows] == [32, 32]
+    assert torchopt.report(model).rows[1].techniques == ("clustered",), "no range of activations yet: the table alone"
+    model(x)
+    torchopt.step(model)
+    during, after = torchopt.report(model), torchopt.report(torchopt.finalize(model))
+    assert during.rows == after.rows
+    assert during.rows[1].techniques == ("clustered", "int8")
+    assert 4 <= during.rows[1].bits < 4.02

@@ -1,14 +1,13 @@
 """What each weight of a model, or of an ONNX file, has become: one row a weight, and totals.
 
-`bytes` is what the weight takes as a plain file stores it: the tensor itself for a torch model, the initializers (codes, table,
-positions) for an ONNX file. `entropy_bits` is the order-0 entropy of its values, in bits a weight: no code that treats weights one by
-one can be smaller.
+`bytes` is what the weight takes in a file: the smallest of the packed forms (codes, table, positions, scale) for a torch model, what
+lies there for an ONNX file. A model in training is shown as `finalize` would bake it now. `entropy_bits` is the order-0 entropy of
+its values, in bits a weight: no code that treats weights one by one can be smaller.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from torchopt.compress import finalize
+from torchopt.errors import StateError
 from torchopt.export.decoded import halves, two_a_byte
 from torchopt.export.decoders import DOMAIN
 from torchopt.export.pack import unpack_model
 from torchopt.export.read import read
 from torchopt.grid import Grid, grids
+from torchopt.packing import encode
 from torchopt.prune.channels import skipped_of
-from torchopt.state import find_state
+from torchopt.state import find_state, require_state
 from torchopt.weights import Skipped, Weight, is_pruned, weights
 
 
@@ -38,8 +40,8 @@ class Row:
         shape: of the dense tensor.
         sparsity: fraction of zeros, in [0, 1].
         distinct_values: how many different values it holds; different integers, where it lies on an integer grid.
-        bits: bits a weight, as stored.
-        bytes: as stored.
+        bits: bits a weight, in a file.
+        bytes: in a file: packed for a torch model, as they lie there for an ONNX file.
         entropy_bits: order-0 entropy of the values, bits a weight.
         techniques: what stands on it or is seen in it: "pruned", "clustered", "int8", …
     """
@@ -143,17 +145,28 @@ def entropy_bits(value: np.ndarray) -> float:
 def _of_model(model: nn.Module) -> Report:
     found = find_state(model)
     inner, skipped = (found[0], found[1].skipped) if found else (model, [])
-    known = grids(inner)
-    return Report(rows=[_weight_row(weight, known) for weight in weights(inner)], skipped=[*skipped_of(inner), *skipped])
+    masked = {weight.name for weight in weights(inner) if is_pruned(weight.module, weight.param)}
+    shown = _as_baked(model) if found else inner
+    known = grids(shown)
+    rows = [_weight_row(weight, known.get(weight.name), masked=weight.name in masked) for weight in weights(shown)]
+    return Report(rows=rows, skipped=[*skipped_of(inner), *skipped])
 
 
-def _weight_row(weight: Weight, known: Mapping[str, Grid]) -> Row:
-    value = weight.value.detach().cpu().float().numpy()
-    grid = known.get(weight.name)
-    symbols = value if grid is None else grid.codes(weight.value.detach()).cpu().numpy()
-    size = value.nbytes if grid is None else -(-value.size * grid.bits // 8) + 4 * grid.scale.numel()
-    standing = ("masked",) if is_pruned(weight.module, weight.param) else ()
-    return _row(weight.name, symbols, size, grid.bits if grid else None, standing)
+def _as_baked(prepared: nn.Module) -> nn.Module:
+    """What the weights would become now; as they are where that is not decided yet: no ranges, soft shares."""
+    try:
+        return finalize(prepared, unfinished=True)
+    except StateError:
+        return require_state(prepared, "report")[0]
+
+
+def _weight_row(weight: Weight, grid: Grid | None, *, masked: bool) -> Row:
+    value = weight.value.detach().cpu()
+    symbols = value.float().numpy() if grid is None else grid.codes(value).numpy()
+    packed = encode(symbols)
+    dense = value.nbytes if grid is None else -(-value.numel() * grid.bits // 8)
+    size = min(dense, packed.payload_bytes if packed else dense) + (0 if grid is None else grid.scale.nbytes)
+    return _row(weight.name, symbols, size, grid.bits if grid else None, ("masked",) if masked else ())
 
 
 def _of_file(path: Path) -> Report:
