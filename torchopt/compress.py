@@ -24,13 +24,13 @@ from torchopt import quantize as quantization
 from torchopt.batches import Batch
 from torchopt.cluster import Cluster
 from torchopt.earlier import Left, left_behind
-from torchopt.errors import ModelError, RuleError, StateError
+from torchopt.errors import RuleError, StateError
 from torchopt.fallback import faster_rules
-from torchopt.grid import grids
 from torchopt.prune import ConstantSparsity, Prune
 from torchopt.prune.plan import plan_of
+from torchopt.refusals import refuse_model, refuse_weights
 from torchopt.rules import Assigned, Rule, assign
-from torchopt.state import ATTRIBUTE, State, find_state, require_state
+from torchopt.state import ATTRIBUTE, State, require_state
 from torchopt.weights import Skipped, Weight, custom_weights, find_weight, weights
 
 
@@ -63,7 +63,7 @@ def prepare(
         >>> float((finalize(ready)[0].weight == 0).float().mean())
         0.5
     """
-    _refuse(model)
+    refuse_model(model)
     found = left_behind(weights(model) + custom_weights(model)) if preserve else {}
 
     def quantized(trial: Sequence[Rule]) -> nn.Module:
@@ -84,6 +84,7 @@ def attach(
     """Return a copy of `model` prepared by `rules`, with what earlier rounds left given; loading a checkpoint repeats this."""
     ready, plan = copy.deepcopy(model), plan_of(model)
     assigned = assign(ready, rules)
+    refuse_weights(assigned)
     ready = _attach_scales(ready, assigned, example_inputs, target)
     skipped = _left_float(ready, assigned) + _attach(ready, assigned, found)
     quantization.settle_scales(ready)
@@ -181,21 +182,6 @@ def _check_schedules(prepared: nn.Module, step: int) -> None:
         raise StateError(
             f"finalize: after step {step}, {waiting[0]}{more}; train on until step {max(w.done_step for w in waiting)}, "
             "end the schedule earlier, or take the masks as they are with finalize(model, unfinished=True)"
-        )
-
-
-def _refuse(model: nn.Module) -> None:
-    """Refuse what cannot be prepared: not finite, prepared already, quantized already."""
-    if find_state(model) is not None:
-        raise StateError("prepare: the model is prepared already; call torchopt.finalize(model) first, then prepare its result")
-    for name, tensor in model.named_parameters():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"prepare: {name} holds NaN or infinity; a trained, finite model is needed")
-    quantized = next(iter(grids(model)), None)
-    if quantized is not None:
-        raise StateError(
-            f"prepare: {quantized} lies on an integer grid, the model is quantized already, and training would leave the grid; "
-            "prune and cluster before quantization, or in the same rules"
         )
 
 

@@ -139,11 +139,13 @@ def _function(target: str, where: str) -> Callable[..., Any]:
     places: dict[str, Any] = {
         "torch": torch,
         "torch.nn.functional": nn.functional,
+        "torch.functional": torch.functional,  # what `torch.einsum` is
         "torch._C._nn": torch._C._nn,  # what `F.linear` and `F.gelu` are
         "_operator": operator,
         "operator": operator,
     }
-    allowed = module != "torch" or hasattr(torch._C._VariableFunctions, name)
+    operations = {"torch": dir(torch._C._VariableFunctions), "torch.functional": torch.functional.__all__}
+    allowed = name in operations.get(module, [name])
     if target in BESIDE:
         return BESIDE[target]
     if module in places and allowed and not name.startswith("_") and callable(getattr(places[module], name, None)):

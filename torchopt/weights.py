@@ -76,7 +76,7 @@ class Weight:
         leaf = f"{self.param}_orig" if is_pruned(self.module, self.param) else self.param
         if parametrize.is_parametrized(self.module, leaf):
             stack = self.module.parametrizations[leaf]  # type: ignore[index]
-            return stack.original  # type: ignore[no-any-return, union-attr]
+            return next(iter(stack._parameters.values()))  # type: ignore[union-attr, return-value]
         return getattr(self.module, leaf)  # type: ignore[no-any-return]
 
     @property

@@ -145,7 +145,8 @@ def output_step(model: nn.Module, outputs: np.ndarray) -> float | None:
     The last layer's outputs are float: an 8-bit grid over their range is what they would be rounded to.
     """
     quantized = any(type(m).__name__ in ("FixedQuantize", "DynamicLinear") for m in model.modules())
-    return float(outputs.max() - outputs.min()) / 255 if quantized else None
+    span = float(outputs.max() - outputs.min())
+    return span / 255 if quantized and span > 0 else None
 
 
 @torch.no_grad()
