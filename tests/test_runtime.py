@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from test_combine_loops import Net, batch
+from torch import nn
 
 import torchopt
 from torchopt.runtime import session
@@ -114,3 +115,13 @@ def test_report_of_a_model_in_training_and_of_its_file(files):
     assert rows["body.weight"].techniques == ("pruned", "int8")
     assert rows["body.weight"].bytes <= 8 * 8 * 9
     np.testing.assert_allclose(rows["stem.weight"].entropy_bits, 4.0, atol=1.5)
+
+
+@pytest.mark.parametrize(("dtype", "equal"), [(torch.float16, True), (torch.bfloat16, True), (torch.float64, False)])
+def test_models_of_other_precisions_are_fed_what_the_file_takes(tmp_path, dtype, equal):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).to(dtype), torch.randn(4, 8, dtype=dtype)
+    torchopt.export(model, (x,), tmp_path / "m.onnx")
+    verdict = torchopt.verify(model, tmp_path / "m.onnx", [x])
+    assert verdict.weights_equal is equal, "float64 weights are rounded to float32 in the file, and verify says so"
+    assert verdict.max_relative < {torch.float16: 5e-3, torch.bfloat16: 3e-2, torch.float64: 1e-6}[dtype]

@@ -132,8 +132,10 @@ def compare_weights(model: nn.Module, path: str | os.PathLike[str]) -> tuple[int
         name = next((n for n in (weight.name, *weight.aliases) if n in stored), None)
         if name is not None:
             compared += 1
-            ours = weight.value.detach().cpu().numpy()
-            theirs = stored[name]
+            value, theirs = weight.value.detach().cpu(), stored[name]
+            if value.dtype == torch.bfloat16:  # which numpy lacks; files hold such values as float16 or float32
+                value, theirs = value.float(), theirs.astype(np.float32)
+            ours = value.numpy()
             if ours.dtype != theirs.dtype or ours.tobytes() != np.ascontiguousarray(theirs).tobytes():
                 return compared, weight.name
     return compared, None
@@ -153,11 +155,16 @@ def output_step(model: nn.Module, outputs: np.ndarray) -> float | None:
 def _outputs(model: nn.Module, opened: onnxruntime.InferenceSession, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     args, kwargs = model_inputs(model, batch)
     ours = model(*args, **kwargs)
-    names = [spec.name for spec in opened.get_inputs()]
-    feed = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
-    theirs = opened.run(None, {k: v.detach().cpu().numpy() for k, v in feed.items()})[0]
+    types = {spec.name: spec.type for spec in opened.get_inputs()}
+    feed = dict(zip(types, args, strict=False)) | {k: v for k, v in kwargs.items() if k in types}
+    theirs = opened.run(None, {k: _fed(v, types[k]) for k, v in feed.items()})[0]
     first = ours if isinstance(ours, torch.Tensor) else next(iter(ours.values() if isinstance(ours, dict) else ours))
     return first.detach().cpu().float().numpy(), np.asarray(theirs, dtype=np.float32)
+
+
+def _fed(value: torch.Tensor, wanted: str) -> np.ndarray:
+    """An input as the file takes it: float32 where the model computes in another precision."""
+    return (value.detach().cpu().float() if wanted == "tensor(float)" else value.detach().cpu()).numpy()
 
 
 def _verdict(ours: np.ndarray, theirs: np.ndarray, compared: int, different: str | None, step: float | None) -> Verdict:
