@@ -133,7 +133,10 @@ def compare_weights(model: nn.Module, path: str | os.PathLike[str]) -> tuple[int
         if name is not None:
             compared += 1
             value, theirs = weight.value.detach().cpu(), stored[name]
-            if value.dtype == torch.bfloat16:  # which numpy lacks; files hold such values as float16 or float32
+            if value.dtype in (
+                torch.bfloat16,
+                torch.float16,
+            ):  # files hold such values as float16 or float32, whichever is smaller
                 value, theirs = value.float(), theirs.astype(np.float32)
             ours = value.numpy()
             if ours.dtype != theirs.dtype or ours.tobytes() != np.ascontiguousarray(theirs).tobytes():
