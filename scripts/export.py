@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Export a trained checkpoint of your own: optionally quantize it on calibration data, write one ONNX file, and prove it equal.
+"""Export a trained checkpoint of your own: quantize it where calibration data is given, write one ONNX file, and prove it equal.
 
     python scripts/export.py --model mypackage.nets:build --checkpoint best.pt --input-shape 3,224,224 --out model.onnx
     python scripts/export.py --model torchvision.models:resnet18 --checkpoint best.pt --input-shape 3,224,224 \
-        --quantize --calibration pictures/ --target ort-x86 --out model.onnx
+        --calibration pictures/ --target ort-x86 --out model.onnx
 
 The file is checked twice: its weights are compared bit for bit with torch's, and its outputs on the calibration data (or on random
 inputs) with those of the torch model. The exit code is 0 when the file was written, 2 for a mistake in the call.
@@ -41,7 +41,11 @@ def options() -> argparse.ArgumentParser:
         "--out", required=True, metavar="FILE", help="the ONNX file to write; the list of operators goes beside a .ort file"
     )
     parser.add_argument("--target", default="ort-x86", help="ort-x86, ort-x86-avx2, ort-arm, ort-web or openvino")
-    parser.add_argument("--quantize", action="store_true", help="8-bit integers, after training; needs --calibration")
+    parser.add_argument(
+        "--quantize",
+        action=argparse.BooleanOptionalAction,
+        help="integers, after training, where --calibration shows the ranges; --no-quantize only checks the float file on that data",
+    )
     parser.add_argument("--weight-bits", type=int, default=8, metavar="N", help="bits of the quantized weights, 2 to 8")
     parser.add_argument("--calibration", metavar="DIR", help="a folder of pictures, or a .npy file of inputs (N, C, H, W)")
     parser.add_argument("--samples", type=int, default=200, help="inputs to calibrate and to check with")
@@ -67,10 +71,11 @@ def run(chosen: argparse.Namespace) -> int:
         raise ConfigError("--quantize: needs --calibration DIR, data that shows the range of each activation")
     if chosen.quantize and chosen.half:
         raise ConfigError("--half: contradicts --quantize; choose one")
+    quantizes = chosen.quantize if chosen.quantize is not None else bool(chosen.calibration) and not chosen.half
     model = built(chosen.model, chosen.checkpoint)
     inputs = read_inputs(chosen.calibration, size=shape, samples=chosen.samples) if chosen.calibration else torch.randn(8, *shape)
     example = (inputs[:1],)
-    if chosen.quantize:
+    if quantizes:
         rules = [torchopt.Rule("*", quantize=torchopt.Quantize(weight_bits=chosen.weight_bits))]
         model = torchopt.one_shot(model, rules, inputs.split(32), example_inputs=example, target=chosen.target)
     elif chosen.half:

@@ -52,10 +52,14 @@ def test_a_checkpoint_becomes_a_file_proven_equal(script, tmp_path, capsys, nest
     np.testing.assert_array_equal(decode_initializers("m.onnx")["0.weight"], model[0].weight.detach().numpy())
 
 
-def test_quantized_on_calibration_data(script, capsys) -> None:
+@pytest.mark.parametrize(
+    ("extra", "integers"),
+    [((), 2), (("--quantize",), 2), (("--quantize", "--weight-bits", "4"), 2), (("--no-quantize",), 0), (("--half",), 0)],
+)
+def test_calibration_data_quantizes_unless_told_otherwise(script, capsys, extra, integers) -> None:
     np.save("x.npy", np.random.default_rng(0).standard_normal((16, 3, 8, 8)).astype(np.float32))
-    assert call(script, "--quantize", "--calibration", "x.npy") == 0
-    assert "2 of 2 layers run as integers" in capsys.readouterr().out
+    assert call(script, "--calibration", "x.npy", *extra) == 0
+    assert f"{integers} of 2 layers run as integers" in capsys.readouterr().out
 
 
 def test_half(script, capsys) -> None:
