@@ -13,6 +13,7 @@ from onnx import numpy_helper, parser
 from torchopt.errors import ModelError
 from torchopt.export.decoded import weight_values
 from torchopt.export.passes import (
+    DefaultAttributesPass,
     DynamicMatMulPass,
     GlobalPoolPass,
     HalfWeightsPass,
@@ -472,3 +473,31 @@ def test_a_branch_may_hand_on_a_value_of_the_outer_graph():
     onnx.checker.check_model(ir.to_proto(model))
     branches = [a.as_graph() for node in model.graph if node.op_type == "If" for a in node.attributes.values()]
     assert [[n.op_type for n in branch] for branch in branches] == [["Identity"], ["Neg"]]
+
+
+def test_attributes_with_their_default_value_go() -> None:
+    graph = model(
+        """g (float[n, 4, 9, 9] x) => (float[n, 4, p, q] y) {
+            a = Conv <auto_pad = "NOTSET", pads = [0, 0, 0, 0], strides = [1, 1], dilations = [1, 1], kernel_shape = [3, 3]> (x, w)
+            b = Conv <group = 4, pads = [1, 1, 1, 1], strides = [2, 1], dilations = [1, 1]> (a, v)
+            c = LeakyRelu <alpha = 0.01> (b)
+            d = LeakyRelu <alpha = 0.2> (c)
+            e = MaxPool <kernel_shape = [2, 2], strides = [1, 1], ceil_mode = 0> (d)
+            y = Softmax <axis = -1> (e)
+        }""",
+        w=np.random.default_rng(0).standard_normal((4, 4, 3, 3), np.float32),
+        v=np.random.default_rng(1).standard_normal((4, 1, 3, 3), np.float32),
+    )
+    x = np.random.default_rng(2).standard_normal((2, 4, 9, 9), np.float32)
+    before = run(graph, x)
+    assert DefaultAttributesPass()(graph).modified
+    assert [sorted(node.attributes) for node in graph.graph] == [
+        ["kernel_shape"],
+        ["group", "pads", "strides"],
+        [],
+        ["alpha"],
+        ["kernel_shape"],
+        [],
+    ]
+    np.testing.assert_array_equal(run(graph, x), before)
+    assert not DefaultAttributesPass()(graph).modified

@@ -24,6 +24,7 @@ from torchopt.export.pack import pack_model
 from torchopt.export.pack_report import PackReport
 from torchopt.export.passes import (
     BlockWeightsPass,
+    DefaultAttributesPass,
     DynamicMatMulPass,
     GlobalPoolPass,
     HalfWeightsPass,
@@ -157,6 +158,7 @@ def _rewrite(graph: ir.Model, model: nn.Module, wide: bool) -> tuple[str, ...]:
         *([WideChannelsPass()] if wide else []),
         HalfWeightsPass(),
         TidyPass(keep),
+        DefaultAttributesPass(),
         ShortNamesPass(frozenset(name for name, p in parameters.items() if p.dim() > 1)),
     )
     changed = [type(step).__name__.removesuffix("Pass") for step in steps if step(graph).modified]

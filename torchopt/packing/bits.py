@@ -142,8 +142,11 @@ def from_parts(packed: np.ndarray, count: int) -> np.ndarray:
     if bits > 5:
         spare = 8 - bits
         rows = packed.reshape(bits // spare, -1)
-        last = np.bitwise_or.reduce(rows >> bits << (spare * np.arange(len(rows), dtype=np.uint8)[:, None]), axis=0)
-        return np.concatenate([(rows & (2**bits - 1)).reshape(-1), last])[:count]
+        symbols = np.zeros((len(rows) + 1, rows.shape[1]), dtype=np.uint8)
+        np.bitwise_and(rows, 2**bits - 1, out=symbols[:-1])
+        for number, row in enumerate(rows):
+            symbols[-1] |= row >> bits << (spare * number)
+        return symbols.reshape(-1)[:count]
     symbols = np.zeros(8 * unit, dtype=np.uint8)
     for w, low in parts(bits):
         part = packed[low : low + w].reshape(-1)

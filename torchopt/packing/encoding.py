@@ -116,12 +116,12 @@ def decode(encoding: Encoding) -> np.ndarray:
         return _translated_rows(encoding.whole_codes(), encoding).reshape(encoding.shape)
     kept = _kept(encoding, count)
     if encoding.values == "raw":
-        return _scattered(kept, table, count).reshape(encoding.shape)
+        return _scattered(kept, table, None).reshape(encoding.shape)
     if encoding.values == "one":
-        return _scattered(kept, np.full(int(np.count_nonzero(kept)), table[0]), count).reshape(encoding.shape)
+        return np.where(kept, table[0], table.dtype.type(0)).reshape(encoding.shape)
     if encoding.values == "channel":
-        return _translated_rows(_scattered(kept, encoding.codes, count), encoding).reshape(encoding.shape)
-    return _scattered(kept, _translate(encoding.codes, table), count).reshape(encoding.shape)
+        return _translated_rows(_scattered(kept, encoding.codes, None), encoding).reshape(encoding.shape)
+    return _scattered(kept, encoding.codes, table).reshape(encoding.shape)
 
 
 def entropy_bytes(value: np.ndarray, encoding: Encoding) -> int:
@@ -175,12 +175,16 @@ def _translated_rows(codes: np.ndarray, encoding: Encoding) -> np.ndarray:
     return out.reshape(-1)
 
 
-def _scattered(kept: np.ndarray, nonzeros: np.ndarray, count: int) -> np.ndarray:
-    there = int(np.count_nonzero(kept))
+def _scattered(kept: np.ndarray, nonzeros: np.ndarray, table: np.ndarray | None) -> np.ndarray:
+    """The nonzeros, or what they stand for in `table`, at their places among zeros, a piece at a time."""
+    there, end = int(np.count_nonzero(kept)), 0
     if len(nonzeros) != there:
         raise ValueError(f"{len(nonzeros)} values for {there} nonzeros")
-    dense = np.zeros(count, dtype=nonzeros.dtype)
-    dense[kept] = nonzeros
+    dense = np.zeros(len(kept), dtype=nonzeros.dtype if table is None else table.dtype)
+    for start in range(0, len(kept), CHUNK):
+        places = kept[start : start + CHUNK]
+        piece = nonzeros[end : (end := end + int(np.count_nonzero(places)))]
+        dense[start : start + CHUNK][places] = piece if table is None else _translate(piece, table)
     return dense
 
 

@@ -17,6 +17,7 @@ from torchopt.packing.positions import best_gap_bits, from_gaps, gaps
 
 Plane = tuple[int, np.ndarray]  # the width of its gap symbols, and the symbols
 RARE = 0.15  # set bits a code, all planes together: decoding positions takes time at load, in step with their number
+PLANES = 2  # at most: each is a tensor more in the file, about 35 bytes
 WORTH = 0.96  # of the plain codes' bits, for the same reason
 
 
@@ -51,7 +52,7 @@ def dense_bits(counts: np.ndarray) -> tuple[int, float] | None:
     whole, share = width(len(counts) - 1), np.sort(counts)[::-1] / counts.sum()
     codes = np.arange(len(counts))
     low, bits, rare = whole, float(whole), 0.0
-    while low > 1 and rare + (p := float(share[(codes >> (low - 1)) & 1 == 1].sum())) < RARE:
+    while low > max(1, whole - PLANES) and rare + (p := float(share[(codes >> (low - 1)) & 1 == 1].sum())) < RARE:
         bits, rare, low = bits + _bits(p) - 1, rare + p, low - 1
     return (low, bits) if low < whole and bits < WORTH * whole else None
 

@@ -1,6 +1,7 @@
 """Passes over an ONNX graph, one a file: each changes the form of what is computed, and none changes the numbers."""
 
 from torchopt.export.passes.block_weights import BlockWeightsPass
+from torchopt.export.passes.default_attributes import DefaultAttributesPass
 from torchopt.export.passes.dynamic_matmul import DynamicMatMulPass
 from torchopt.export.passes.global_pool import GlobalPoolPass
 from torchopt.export.passes.half_weights import HalfWeightsPass
@@ -18,6 +19,7 @@ from torchopt.export.passes.wide_channels import WideChannelsPass
 
 __all__ = [
     "BlockWeightsPass",
+    "DefaultAttributesPass",
     "DynamicMatMulPass",
     "GlobalPoolPass",
     "HalfWeightsPass",
