@@ -17,7 +17,7 @@ PACKAGE = ROOT / "torchopt"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = [
     {"errors", "files", "progress", "packing", "web", "strict", "located", "importing"},
-    {"weights", "grid", "schedule", "batches", "surgery", "state", "traced", "batch_norm", "scratch"},
+    {"weights", "grid", "schedule", "batches", "surgery", "state", "traced", "batch_norm", "scratch", "gradients"},
     {"prune", "cluster", "quantize"},
     {"export", "runtime"},
     {"rules", "fallback", "compress", "earlier", "refusals", "one_shot", "shrink", "checkpoint", "sensitivity"},

@@ -7,11 +7,12 @@ as its `forward` takes positional arguments without a default; what is left over
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from torchopt.errors import DataError
 
@@ -61,6 +62,24 @@ def labels(model: nn.Module, batch: Batch) -> torch.Tensor | None:
         return None
     count = _input_count(model, len(batch))
     return batch[count] if len(batch) > count else None
+
+
+def pieces(batch: Any, size: int) -> Iterator[Any]:
+    """Cut a batch, of whatever structure, along the first axis into parts of `size` samples.
+
+    The first tensor with an axis says how many samples there are; tensors of another length, and what is no tensor, are in every part.
+
+    Example:
+        >>> [(x.tolist(), name) for x, name in pieces((torch.arange(3), "a"), 2)]
+        [([0, 1], 'a'), ([2], 'a')]
+    """
+    count = next((len(x) for x in tree_leaves(batch) if isinstance(x, torch.Tensor) and x.dim()), 1)
+    for start in range(0, count, size):
+        yield tree_map(lambda x, at=start: x[at : at + size] if _batched(x, count) else x, batch)
+
+
+def _batched(value: Any, count: int) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == count
 
 
 def _parameters(model: nn.Module) -> list[inspect.Parameter]:

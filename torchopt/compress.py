@@ -55,6 +55,7 @@ def prepare(
         RuleError: a rule matches nothing, or acts on nothing.
         ModelError: a weight holds NaN or infinity, or the model cannot be traced for quantization.
         StateError: the model is already prepared, or quantized.
+        ConfigError: `Cluster(importance="fisher")`, which `one_shot` finds.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))

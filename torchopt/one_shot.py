@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from torchopt import cluster as clustering
 from torchopt import prune as pruning
 from torchopt import quantize as quantization
 from torchopt.batch_norm import reestimate_batch_norm
 from torchopt.batches import Batch, model_inputs
 from torchopt.compress import calibrate, finalize, prepare
-from torchopt.rules import Rule
+from torchopt.errors import ConfigError
+from torchopt.gradients import Gradients, Loss, sample_gradients
+from torchopt.refusals import refuse_model
+from torchopt.rules import Rule, assign
+from torchopt.weights import find_weight
+
+UNSEEN = 0.01  # of the mean importance, added to each weight's: the samples are few, and what they did not touch counts too
 
 
 def one_shot(
@@ -23,6 +31,7 @@ def one_shot(
     batches: Iterable[Batch] | None = None,
     *,
     example_inputs: tuple[Any, ...] | None = None,
+    loss: Loss | None = None,
     reestimate: bool = False,
     target: str = "ort-x86",
     progress: bool = True,
@@ -32,8 +41,12 @@ def one_shot(
     Args:
         model: a trained network; it is not touched.
         rules: as for `prepare`.
-        batches: data for observers and for batch-norm re-estimation; needed where activations are quantized.
+        batches: data for observers, for scores and importances that need some, and for batch-norm re-estimation; needed where activations
+            are quantized.
         example_inputs: as for `prepare`.
+        loss: `loss(outputs, labels)` → a scalar tensor, for the scores "taylor" and "movement" of `Prune` and for
+            `Cluster(importance="fisher")`. Without one, "taylor" and "fisher" measure what each weight does to the outputs, and need
+            no labels.
         reestimate: run `batches` through the pruned or clustered model and renew its batch-norm statistics.
         target: as for `prepare`.
         progress: show progress bars on stderr.
@@ -41,19 +54,30 @@ def one_shot(
     Returns:
         A plain model.
 
+    Raises:
+        ConfigError: a score or an importance needs data, and there is none, or a loss, and there is none.
+
     Example:
         >>> from torchopt import Cluster
         >>> net = nn.Linear(16, 16)
         >>> small = one_shot(net, [Rule("*", cluster=Cluster(n_clusters=4))])
         >>> len(small.weight.unique())
         4
+        >>> data = [torch.randn(32, 16)]
+        >>> len(one_shot(net, [Rule("*", cluster=Cluster(n_clusters=4, importance="fisher"))], data).weight.unique())
+        4
     """
-    ready = prepare(_unfrozen(model), rules, example_inputs, target=target)
-    again = pruning.observes(ready) or reestimate  # then the batches are read more than once
+    rules, plain = [rules] if isinstance(rules, Rule) else list(rules), _unfrozen(model)
+    refuse_model(plain)
+    asked = _by_gradients(plain, rules, batches, loss)
+    ready = prepare(plain, [_evenly(rule) for rule in rules], example_inputs, target=target)
+    again = bool(asked) or pruning.observes(ready) or reestimate  # then the batches are read more than once
     batches = list(batches) if batches is not None and again else batches
     if batches is not None and pruning.observes(ready):
         _run(ready, batches)
-    pruning.finish(ready)
+    masses = _gathered(plain, ready, asked, batches, loss, progress=progress) if batches is not None and asked else {}
+    if pruning.finish(ready) or masses:
+        clustering.refit(ready, masses)
     if batches is not None and reestimate:
         reestimate_batch_norm(ready, batches)
     if batches is not None and quantization.observes(ready):
@@ -64,6 +88,47 @@ def one_shot(
 def _unfrozen(model: nn.Module) -> nn.Module:
     """A copy whose weights may all change: freezing is about training, and nothing trains in one shot."""
     return copy.deepcopy(model).requires_grad_(True)
+
+
+def _by_gradients(model: nn.Module, rules: Sequence[Rule], batches: object, loss: object) -> dict[str, bool]:
+    """The weights whose rule asks for gradients, by name: True where k-means is to weigh by them.
+
+    Raises:
+        ConfigError: there is no data, or no loss where there must be one.
+    """
+    asked = {}
+    for found in assign(model, rules):
+        fisher = found.rule.cluster is not None and found.rule.cluster.importance == "fisher"
+        score = found.rule.prune.score if found.rule.prune is not None else ""
+        if fisher or score in pruning.GATHERS:
+            asked[found.weight.name] = fisher
+            what = "importance='fisher'" if fisher else f"score={score!r}"
+            if batches is None:
+                raise ConfigError(f"one_shot: {found.weight.name}: {what} needs data; give batches, a hundred samples are plenty")
+            if score == "movement" and loss is None:
+                raise ConfigError(f"one_shot: {found.weight.name}: score='movement' needs a loss to move against; give loss=")
+    return asked
+
+
+def _evenly(rule: Rule) -> Rule:
+    """The rule for `prepare`, whose tables are found anew once importances are known."""
+    even = rule.cluster is None or rule.cluster.importance == "even"
+    return rule if even else replace(rule, cluster=replace(rule.cluster, importance="even"))  # type: ignore[type-var]
+
+
+def _gathered(
+    plain: nn.Module, ready: nn.Module, asked: dict[str, bool], batches: Iterable[Batch], loss: Loss | None, *, progress: bool
+) -> Gradients:
+    """Give the masks of `ready` what their scores gather, and return the importances for k-means, by weight names of `ready`."""
+    names = {name: weight.name for name in asked if (weight := find_weight(ready, name)) is not None}
+    squares: Gradients = {}
+    for gradients in sample_gradients(plain, list(names), batches, loss, progress=progress):
+        pruning.gather(ready, {names[name]: gradient for name, gradient in gradients.items()})
+        for name, gradient in gradients.items():
+            if asked[name]:
+                square = gradient.float().square()
+                squares[names[name]] = squares[names[name]].add_(square) if names[name] in squares else square
+    return {name: square + UNSEEN * square.mean() for name, square in squares.items() if bool(square.any())}
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from torchopt.errors import ModelError, StateError
+from torchopt.errors import ConfigError, ModelError, StateError
 from torchopt.grid import grids
 from torchopt.rules import Assigned
 from torchopt.state import find_state
@@ -42,12 +42,19 @@ def refuse_model(model: nn.Module) -> None:
 
 
 def refuse_weights(assigned: Sequence[Assigned]) -> None:
-    """Refuse rules for weights that another parametrization computes, and integer grids for weights that are not float32.
+    """Refuse rules for weights that another parametrization computes, integer grids for weights that are not float32, and tables that
+    data must weigh.
 
     Raises:
-        ModelError: one is there.
+        ModelError: one of the first two is there.
+        ConfigError: a rule asks for `Cluster(importance="fisher")`, which `one_shot` finds.
     """
     for weight, rule in ((a.weight, a.rule) for a in assigned):
+        if rule.cluster is not None and rule.cluster.importance != "even":
+            raise ConfigError(
+                f"prepare: {weight.name}: importance={rule.cluster.importance!r} needs data; find the table with "
+                "torchopt.one_shot(model, rules, batches) first, whose values a later prepare keeps and trains"
+            )
         other = _computed_by(weight)
         if other:
             raise ModelError(

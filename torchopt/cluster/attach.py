@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from torchopt.cluster.config import MOST_CLUSTERS, Cluster
-from torchopt.cluster.kmeans import kmeans
-from torchopt.cluster.points import Array
+from torchopt.cluster.config import Cluster
+from torchopt.cluster.fit import tables
 from torchopt.cluster.shared import COUNT_EVERY, SharedWeights
 from torchopt.cluster.straight import grid_scale
 from torchopt.errors import ModelError, RuleError
@@ -138,28 +136,40 @@ def _unfit(weight: Weight, config: Cluster, *, first: bool) -> str | None:
 
 def _put_on(weight: Weight, config: Cluster, preserve: bool, importance: Tensor | None) -> str | None:
     """Find the table and parametrize; or return why not."""
-    value = weight.trainable.detach()
-    mask = _mask(weight)
+    value, mask = weight.trainable.detach(), _mask(weight)
     pinned = mask is not None or (preserve and bool((value == 0).any()))
-    groups = _groups(value, config, weight.out_axis)
-    rows, kept = _rows(value, groups, weight.out_axis), None if mask is None else _rows(mask, groups, weight.out_axis)
-    found = [np.unique(row if kept is None else row[kept[i].astype(bool)]) for i, row in enumerate(rows)]
-    reason = _too_few(found, rows.shape[1], config, preserve)
-    if reason:
-        return reason
-    masses = None if importance is None else _rows(importance, groups, weight.out_axis)
-    tables = []
-    for i, distinct in enumerate(found):
-        chosen = slice(None) if kept is None else kept[i].astype(bool)
-        tables.append(_table(rows[i][chosen], distinct, config, pinned, None if masses is None else masses[i][chosen]))
-    table = torch.from_numpy(_padded(tables)).to(value.dtype).to(value.device)
-    codes = torch.zeros(rows.shape, dtype=torch.uint8, device=value.device)
-    shared = SharedWeights(config, table, codes, value.shape, out_axis=weight.out_axis, pinned=pinned)
+    fitted = tables(value, mask, config, out_axis=weight.out_axis, pinned=pinned, preserve=preserve, importance=importance)
+    if isinstance(fitted, str):
+        return fitted
+    codes = torch.zeros(len(fitted), value.numel() // len(fitted), dtype=torch.uint8, device=value.device)
+    shared = SharedWeights(config, fitted, codes, value.shape, out_axis=weight.out_axis, pinned=pinned)
     shared.refresh(value if mask is None else value * mask)
     shared.recount()
     for place in (weight, *weight.twins):
         _register(place, shared)
     return None
+
+
+@torch.no_grad()
+def refit(model: nn.Module, importance: Mapping[str, Tensor] | None = None) -> None:
+    """Find every table anew, from the weights that masks leave now, and weighed by what is known of their importance, in place.
+
+    Args:
+        model: holds tables put on by `attach`, or none.
+        importance: masses for k-means by weight name, of the weights' shapes; a weight without counts evenly.
+    """
+    for weight, shared in {id(shared): (weight, shared) for weight, shared in shared_weights(model)}.values():
+        value, mask, masses = weight.trainable.detach(), _mask(weight), (importance or {}).get(weight.name)
+        if mask is not None and not bool(mask.any()):
+            continue
+        fitted = tables(
+            value, mask, shared.config, out_axis=shared.out_axis, pinned=shared.pinned, preserve=True, importance=masses, few=True
+        )
+        assert not isinstance(fitted, str)
+        last = fitted[:, -1:].expand(-1, shared.table.shape[1] - fitted.shape[1])
+        shared.table.copy_(torch.cat((fitted, last), 1))
+        shared.refresh(value if mask is None else value * mask)
+        shared.recount()
 
 
 def _register(weight: Weight, shared: SharedWeights) -> None:
@@ -173,64 +183,6 @@ def _register(weight: Weight, shared: SharedWeights) -> None:
         module.register_forward_pre_hook(_publish)
         module.register_forward_hook(_withdraw, always_call=True)
         _withdraw(module)
-
-
-def _table(values: Array, distinct: Array, config: Cluster, pinned: bool, importance: Array | None) -> Array:
-    """The entries of one group, ascending, but a pinned 0 first."""
-    if len(distinct[distinct != 0] if pinned else distinct) <= config.n_clusters and len(distinct) <= MOST_CLUSTERS - pinned:
-        entries: Array = distinct.astype(np.float64)
-    elif pinned and config.n_clusters == 2:
-        raise RuleError("cluster: n_clusters=2 with zero kept leaves one other value for both signs; use n_clusters=3 or more")
-    else:
-        entries = kmeans(
-            values,
-            config.n_clusters,
-            init=config.init,
-            importance=importance,
-            pin_zero=pinned,
-            iterations=config.iterations,
-            seed=config.seed,
-        )
-    return np.concatenate(([0.0], entries[entries != 0])) if pinned else entries
-
-
-def _too_few(found: Sequence[Array], size: int, config: Cluster, preserve: bool) -> str | None:
-    """Why the weights are left as they are: no more distinct values than clusters, unless an earlier round shared them."""
-    most = max(len(distinct) for distinct in found)
-    if most > config.n_clusters:
-        return None
-    if preserve and most >= 2 and 2 * most <= size:
-        return None
-    return f"{most} distinct values, no more than n_clusters={config.n_clusters}"
-
-
-def _padded(tables: Sequence[Array]) -> Array:
-    """Tables of unequal length as one array; the last entry is repeated."""
-    most = max(map(len, tables))
-    return np.stack([np.concatenate((t, np.full(most - len(t), t[-1]))) for t in tables])
-
-
-def _groups(value: Tensor, config: Cluster, out_axis: int) -> int:
-    if not config.per_channel:
-        return 1
-    channels = value.shape[out_axis]
-    if channels % config.channels_per_table:
-        raise RuleError(
-            f"cluster: channels_per_table={config.channels_per_table} does not divide {channels} output channels; "
-            "use a divisor of every layer's channels"
-        )
-    return channels // config.channels_per_table
-
-
-def _rows(value: Tensor, groups: int, out_axis: int) -> Array:
-    """A tensor as a (groups, n / groups) array, bfloat16 and half as float32."""
-    value = value.detach().cpu()
-    if groups > 1 and out_axis:
-        value = value.movedim(out_axis, 0)
-    if value.dtype in (torch.bfloat16, torch.float16):
-        value = value.float()
-    rows: Array = value.reshape(groups, -1).numpy()
-    return rows
 
 
 def _record_grid(weight: Weight, shared: SharedWeights, bits: int) -> None:

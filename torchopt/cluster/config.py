@@ -15,6 +15,7 @@ from torchopt.errors import ConfigError, nearest
 
 INITS = ("optimal", "kmeans++", "linear", "density", "random")
 GRADIENTS = ("mean", "sum")
+IMPORTANCES = ("even", "fisher")
 MOST_CLUSTERS = 256  # a code is one byte
 
 
@@ -36,6 +37,8 @@ class Cluster:
         temperature: of the soft assignment at first, in units of the squared distance between neighbouring entries; it falls
             linearly to 0, which is hard.
         table_bits: 2 … 8 puts the table on a symmetric integer grid of that many bits; None leaves it in floating point.
+        importance: what k-means weighs each weight by, where `one_shot` finds the table: "even", or "fisher", its squared gradients
+            over the samples given (Kim et al. 2023, arXiv 2306.07629), of the loss given or else of the outputs.
         seed: of the "kmeans++" and "random" starts.
         include_depthwise: cluster depthwise convolutions too.
         skip_first: leave the first of the matched layers alone.
@@ -58,6 +61,7 @@ class Cluster:
     soft_until: int = 0
     temperature: float = 0.1
     table_bits: int | None = None
+    importance: Literal["even", "fisher"] = "even"
     seed: int = 0
     include_depthwise: bool = False
     skip_first: bool = False
@@ -66,6 +70,7 @@ class Cluster:
         _check_whole("n_clusters", self.n_clusters, 2, MOST_CLUSTERS)
         _check_choice("init", self.init, INITS)
         _check_choice("gradient", self.gradient, GRADIENTS)
+        _check_choice("importance", self.importance, IMPORTANCES)
         _check_whole("iterations", self.iterations, 0)
         _check_whole("channels_per_table", self.channels_per_table, 1)
         _check_whole("frequency", self.frequency, 1)

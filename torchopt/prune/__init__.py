@@ -2,10 +2,12 @@
 
 from torchopt.prune.attach import attach, bake, mask_of
 from torchopt.prune.config import Prune
-from torchopt.prune.update import finish, observes, unfinished, update
+from torchopt.prune.score import GATHERS
+from torchopt.prune.update import finish, gather, observes, unfinished, update
 from torchopt.schedule import ConstantSparsity, CosineDecay, MultiStep, PolynomialDecay, Schedule
 
 __all__ = [
+    "GATHERS",
     "ConstantSparsity",
     "CosineDecay",
     "MultiStep",
@@ -15,6 +17,7 @@ __all__ = [
     "attach",
     "bake",
     "finish",
+    "gather",
     "mask_of",
     "observes",
     "unfinished",

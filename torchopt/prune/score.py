@@ -41,18 +41,21 @@ def empty_gathered(weight: Weight, config: Prune) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.float32, device=value.device)
 
 
-def add_gradient(total: torch.Tensor, weight: nn.Parameter, config: Prune, where: str) -> None:
-    """Add one step's gradient to the running score, in place.
+def add_gradient(
+    total: torch.Tensor, weight: nn.Parameter, config: Prune, where: str, gradient: torch.Tensor | None = None
+) -> None:
+    """Add one step's gradient, `weight.grad` where none is given, to the running score, in place.
 
     Raises:
         StateError: the weight has no gradient; it was cleared before `torchopt.step`, or nothing was trained.
     """
-    if weight.grad is None:
+    gradient = weight.grad if gradient is None else gradient
+    if gradient is None:
         raise StateError(
             f"{where}: has no gradient, which score={config.score!r} needs; call torchopt.step(model) after "
             "optimizer.step() and before optimizer.zero_grad()"
         )
-    change = weight.detach().float() * weight.grad.detach().float()
+    change = weight.detach().float() * gradient.detach().float()
     total += change.abs() if config.score == "taylor" else -change
 
 

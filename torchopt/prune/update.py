@@ -10,7 +10,7 @@ steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,6 +111,15 @@ def unfinished(model: nn.Module, step: int) -> list[Unfinished]:
         if step < timing.done_step and sparsity < timing.final:
             found.append(Unfinished(name=mask.weight_name, sparsity=sparsity, final=timing.final, done_step=timing.done_step))
     return found
+
+
+@torch.no_grad()
+def gather(model: nn.Module, gradients: Mapping[str, torch.Tensor]) -> None:
+    """Add one sample's gradients, by weight name, to the scores that gather them, in place; for `finish` without training."""
+    for module, mask in installed(model):
+        total, gradient = mask.gathered(module), gradients.get(mask.weight_name)
+        if mask.config.score in GATHERS and total is not None and gradient is not None:
+            add_gradient(total, mask.leaf(module), mask.config, mask.weight_name, gradient)
 
 
 def observes(model: nn.Module) -> bool:
