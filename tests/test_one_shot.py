@@ -134,8 +134,8 @@ def test_all_three_with_importance_and_attention():
     rule = Rule("*", prune=Prune(schedule=0.5), cluster=FISHER, quantize=Quantize())
     final = one_shot(model, [rule], [x], example_inputs=(x[:1],), progress=False)
     rows = torchopt.report(final).rows
-    assert len(rows) == 4
-    assert all(row.sparsity >= 0.5 and row.distinct_values <= 8 and 8 <= row.bits < 8.2 for row in rows)
+    assert len(rows) == len(torchopt.grid.grids(final)) == 4
+    assert all(row.sparsity >= 0.5 and row.distinct_values <= 8 for row in rows)
 
 
 def test_a_weight_that_no_sample_touches_counts_evenly():

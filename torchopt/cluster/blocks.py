@@ -21,7 +21,7 @@ from torchopt.scratch import scratch
 
 PER_THREAD = 1 << 17  # elements of a block: 512 KB of float32, less than a second-level cache; and above torch's grain of 32,768
 SUMS_FROM = 1 << 18  # below, `bincount` is faster
-GATHER_FROM = 3  # threads: `gather` takes twice the time of `index_select`, which runs on one
+GATHER_FROM = 2  # threads: a row each; on one, `index_select` takes half the time of `gather`
 USES = 4  # a table of pairs is worth filling where each of its entries is used that often
 
 
