@@ -13,7 +13,7 @@ import torch
 from torchopt.weights import Weight
 
 SHARED_AT_MOST = 256  # a tensor with more distinct values than a uint8 code can name was never clustered
-USES = 8  # values count as shared where each is used this often on average
+USES = 2  # values count as shared where each is used this often on average; those of weights that were never clustered are all distinct
 
 
 Left = tuple[int, int]  # zeros, shared values
