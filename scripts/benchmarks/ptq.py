@@ -23,8 +23,8 @@ import torch
 import torchvision
 from harness import Row, interleave, note, ratio, write
 from onnxruntime import quantization as ort_quantization
+from peers import Batches, preprocessed
 from PIL import Image
-from quantize import Batches
 from torch import nn
 
 import torchopt
@@ -104,10 +104,10 @@ def time_rows(model: nn.Module, x: torch.Tensor, repeats: int) -> list[Row]:
     plain = {"rounding": "nearest", "equalize": False}
     batches = list(x.split(20))
     with tempfile.TemporaryDirectory() as name:
-        source, prepared, target = (Path(name) / f"{n}.onnx" for n in ("float", "prepared", "int8"))
+        source, target = (Path(name) / f"{n}.onnx" for n in ("float", "int8"))
         torchopt.export(model, (x[:1],), source, pack=False)
         entry = torchopt.runtime.session(source).get_inputs()[0].name
-        ort_quantization.shape_inference.quant_pre_process(str(source), str(prepared))
+        prepared = preprocessed(source)
 
         def theirs() -> None:
             reader = Batches(entry, [b.numpy() for b in batches])
