@@ -4,13 +4,16 @@
 2. q → [Reshape] → Cast → Mul(s) → [Reshape]                   q · s, in blocks of inputs with the Reshapes
 3. h → Cast                                                    float16 weights
 4. q → Transpose → MatMulInteger → Cast → Mul(x_scale · s)     q · s, the weight is (outputs, inputs)
-5. q → Pad → DequantizeLinear(s)                               q · s, the zero channels behind it left out
+5. q → Pad, Reshape, Slice, Transpose → DequantizeLinear(s)    q · s, each where q has it, the zeros around it left out
 6. u → MatMulNBits(s)                                          (q − 8) · s, two codes a byte, a scale a block
 
 A scale may itself be float16, with a Cast.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -62,19 +65,49 @@ def _value(stored: np.ndarray, user: ir.Node, raw: dict[str, np.ndarray]) -> np.
     ):
         apart = _value(stored.reshape(shape), cast, raw)
         return None if apart is None else apart.reshape(stored.shape)
-    if user.op_type == "Pad" and (wide := _reader(user, "DequantizeLinear")) is not None:
-        return _narrowed(stored, user, wide, raw)
+    if user.op_type in MOVES and (moved := _moved(stored, user, raw)) is not None:
+        return moved
     return _transposed(stored, user, raw) if user.op_type == "Transpose" else None
 
 
-def _narrowed(stored: np.ndarray, pad: ir.Node, wide: ir.Node, raw: dict[str, np.ndarray]) -> np.ndarray | None:
-    """Case 5: what of the widened weight is the weight."""
-    ends = _constant(pad.inputs[1], raw)
-    if ends is None or len(ends) != 2 * stored.ndim or (ends < 0).any():
+def _moved(stored: np.ndarray, node: ir.Node | None, raw: dict[str, np.ndarray]) -> np.ndarray | None:
+    """Case 5: the places of the elements are moved with them, from 1 on, and 0 is what was added."""
+    codes, places = stored, np.arange(1, stored.size + 1).reshape(stored.shape)
+    while node is not None and node.op_type in MOVES:
+        operands = [_constant(v, raw) for v in node.inputs[1:]]
+        if any(operand is None for operand in operands):
+            return None
+        try:
+            codes, places = (MOVES[node.op_type](array, node, operands) for array in (codes, places))
+        except (IndexError, KeyError, TypeError, ValueError):  # sizes or forms that no pass of ours writes
+            return None
+        node = next((user for user, _ in node.outputs[0].uses() if user.op_type in {*MOVES, "DequantizeLinear"}), None)
+    if node is None or node.op_type != "DequantizeLinear":
         return None
-    around = list(zip(ends[: stored.ndim], ends[stored.ndim :], strict=True))
-    value = _dequantized(np.pad(stored, around), wide, raw)
-    return value[tuple(slice(before, before + size) for (before, _), size in zip(around, stored.shape, strict=True))]
+    value, real = _dequantized(codes, node, raw), places > 0
+    back = np.empty(stored.size, np.float32)
+    back[places[real] - 1] = value[real]
+    return back.reshape(stored.shape) if np.count_nonzero(real) == stored.size else None
+
+
+def _pad(array: np.ndarray, node: ir.Node, operands: list[Any]) -> np.ndarray:
+    ends = operands[0].reshape(2, array.ndim)
+    return np.pad(array, list(zip(*ends, strict=True)))
+
+
+def _slice(array: np.ndarray, node: ir.Node, operands: list[Any]) -> np.ndarray:
+    parts = [slice(None)] * array.ndim
+    for start, end, axis, step in zip(*operands, strict=True):
+        parts[axis] = slice(start, None if end < -array.shape[axis] else end, step)
+    return array[tuple(parts)]
+
+
+MOVES: dict[str, Callable[[np.ndarray, ir.Node, list[Any]], np.ndarray]] = {
+    "Pad": _pad,
+    "Reshape": lambda array, node, operands: array.reshape(operands[0]),
+    "Slice": _slice,
+    "Transpose": lambda array, node, operands: array.transpose(list(node.attributes["perm"].as_ints())),
+}
 
 
 def _transposed(stored: np.ndarray, user: ir.Node, raw: dict[str, np.ndarray]) -> np.ndarray | None:

@@ -4,7 +4,7 @@ ORT fuses DequantizeLinear → op → QuantizeLinear. So the inputs and the outp
 
     layer       its input, its output (after batch norm and activation); a last linear layer gives float logits
     change      sums, products, means, pools, activations: every input, and the output on a grid of its own
-    share       max pools, reshapes, concatenations, slices: the output lies on the grid of the inputs, one quantizer for all
+    share       max pools, moves, concatenations, slices, nearest pixels: the output lies on the grid of the inputs, one quantizer for all
 
 A concatenation of values after a ReLU and of signed ones has a grid for each (ORT's QLinearConcat takes them): on a common grid, which
 starts below 0, the ReLU would be left over and its layer float.
@@ -40,6 +40,7 @@ SHARE_MODULES = (
     nn.PixelShuffle,
     nn.ChannelShuffle,
     nn.ZeroPad2d,
+    nn.UpsamplingNearest2d,
 )
 SHARE_FUNCTIONS = {
     torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.cat, torch.concat,
@@ -139,13 +140,22 @@ def _kind(traced: fx.GraphModule, node: fx.Node) -> str:
         for kind, classes in (("layer", Fused), ("share", SHARE_MODULES), ("pass", PASS_MODULES), ("change", CHANGE_MODULES)):
             if isinstance(module, classes):
                 return kind
+        if isinstance(module, nn.Upsample) and module.mode == "nearest":
+            return "share"
     if node.op == "call_function":
         if node.target in PASS_FUNCTIONS:
             return "pass"
+        if node.target is F.interpolate and _mode(node) == "nearest":
+            return "share"
         return "share" if node.target in SHARE_FUNCTIONS else "change" if node.target in CHANGE_FUNCTIONS else ""
     if node.op == "call_method":
         return "share" if node.target in SHARE_METHODS else "change" if node.target in CHANGE_METHODS else ""
     return ""
+
+
+def _mode(node: fx.Node) -> Any:
+    """How an interpolation is asked to go about it."""
+    return node.args[3] if len(node.args) > 3 else node.kwargs.get("mode", "nearest")
 
 
 def _signs(traced: fx.GraphModule, node: fx.Node, kinds: dict[fx.Node, str]) -> set[bool]:

@@ -43,6 +43,7 @@ WRITTEN = {
     "Identity",
     "QuantizeLinear",
     "Pad",
+    "Slice",
 }  # between a constant and a layer
 FINISHES = {
     "QuantizeLinear", "DequantizeLinear", "Relu", "Clip", "Cast", "Mul", "Add", "BatchNormalization", "LeakyRelu", "Sigmoid", "HardSigmoid",

@@ -26,7 +26,7 @@ from torchopt.export.pack import unpack_model
 from torchopt.export.read import read
 from torchopt.weights import weights
 
-DECODES = {"DequantizeLinear", "Cast", "Transpose", "Reshape", "Mul", "Pad"}
+DECODES = {"DequantizeLinear", "Cast", "Transpose", "Reshape", "Mul", "Pad", "Slice"}
 FINISHES = {"Add", "BatchNormalization", "Relu", "Clip", "Cast", "Mul", "Reshape", "Transpose", "Sub", "Div"}
 AFTER = 6  # nodes after a layer's own that may still belong to its module
 

@@ -7,6 +7,7 @@ from torchopt.export.passes.global_pool import GlobalPoolPass
 from torchopt.export.passes.half_weights import HalfWeightsPass
 from torchopt.export.passes.hard_sigmoid import HardSigmoidPass
 from torchopt.export.passes.integer_batch_norm import IntegerBatchNormPass
+from torchopt.export.passes.integer_transposed import IntegerTransposedPass
 from torchopt.export.passes.integer_weights import IntegerWeightsPass
 from torchopt.export.passes.keep_float import KeepFloatPass
 from torchopt.export.passes.late_bias import LateBiasPass
@@ -25,6 +26,7 @@ __all__ = [
     "HalfWeightsPass",
     "HardSigmoidPass",
     "IntegerBatchNormPass",
+    "IntegerTransposedPass",
     "IntegerWeightsPass",
     "KeepFloatPass",
     "LateBiasPass",

@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from torchopt.errors import ModelError
 from torchopt.export.passes.constants import constant
+from torchopt.export.passes.integer_transposed import can_be_integer
 from torchopt.grid import Grid
 
 MOVES = {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Relu", "Clip"}
@@ -90,6 +91,8 @@ def meets_integers(user: ir.Node) -> bool:
         return any(meets_integers(reader) for reader, _ in user.outputs[0].uses())
     if user.op_type == "Conv":
         return _is_integer(user.inputs[0]) and _is_rounded(user.outputs[0])
+    if user.op_type == "ConvTranspose":
+        return _is_integer(user.inputs[0]) and can_be_integer(user)
     return user.op_type in ("Gemm", "MatMul") and _is_integer(user.inputs[0])
 
 
