@@ -35,6 +35,7 @@ from torchopt.export.passes import (
     KeepFloatPass,
     LateBiasPass,
     LateDequantizePass,
+    OwnWeightsPass,
     RedundantActivationsPass,
     ShortNamesPass,
     StaticShapesPass,
@@ -160,6 +161,7 @@ def _rewrite(graph: ir.Model, model: nn.Module, wide: bool) -> tuple[str, ...]:
         *([WideChannelsPass()] if wide else []),
         HalfWeightsPass(),
         TidyPass(keep),
+        OwnWeightsPass(),  # after the last tidying, which makes equal nodes one
         DefaultAttributesPass(),
         ShortNamesPass(frozenset(name for name, p in parameters.items() if p.dim() > 1)),
     )

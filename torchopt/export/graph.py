@@ -24,6 +24,7 @@ from torch import nn
 from torchopt.errors import DataError, ModelError
 
 BATCH = "batch"
+BRANCHES = "its code asks for a value that only data gives: decide it beforehand (torch's decoder layers: tgt_is_causal=True)"
 FIXED = "the model fixes its batch size: export it with dynamic_batch=False"
 
 
@@ -130,7 +131,7 @@ def _nested(module: nn.Module, shapes: tuple[Any, ...] | None) -> Any:
 def _sentence(name: str, error: BaseException) -> str:
     reason = _reason(error)
     fixed = re.search(r"onstraints violated|specialized|marked .* dynamic", f"{error} {reason}")
-    remedy = f"; {FIXED}" if fixed else ""
+    remedy = f"; {FIXED}" if fixed else f"; {BRANCHES}" if "data-dependent" in reason else ""
     return f"export: {name} cannot be exported to ONNX: {reason}{remedy}"
 
 

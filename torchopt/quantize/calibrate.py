@@ -97,6 +97,11 @@ def _calls(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Call]:
     for count, batch in enumerate(batches):
         args, kwargs = model_inputs(model, batch)
         given = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.is_floating_point())
-        if not all(bool(torch.isfinite(x).all()) for x in given):
+        if not all(bool(torch.isfinite(x).all()) or _is_mask(x) for x in given):
             raise DataError(f"calibrate: batch {count} holds NaN or infinity; clean the data")
         yield args, kwargs
+
+
+def _is_mask(x: torch.Tensor) -> bool:
+    """True for a mask that is added to attention's scores: 0 and −∞ alone."""
+    return bool(((x == 0) | (x == -torch.inf)).all())

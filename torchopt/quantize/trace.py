@@ -171,7 +171,7 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...] = ()) -> tuple[Quant
         ModelError: the model's own forward cannot be traced.
     """
     leaves: list[str] = []
-    fixed: dict[str, Any] | None = None
+    fixed = _left_out(model, example_inputs)
     with _slow_attention():
         while True:
             tracer = Tracer(leaves, example_inputs)
@@ -180,8 +180,6 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...] = ()) -> tuple[Quant
             except Exception as error:  # whatever the model's code does with a proxy
                 if tracer.inside and tracer.inside[-1] not in leaves:
                     leaves = [*leaves, tracer.inside[-1]]
-                elif fixed is None and (left_out := _left_out(model, example_inputs)):
-                    fixed = left_out
                 else:
                     raise ModelError(_untraceable(model, error)) from error
 

@@ -12,6 +12,7 @@ from torchopt.export.passes.integer_weights import IntegerWeightsPass
 from torchopt.export.passes.keep_float import KeepFloatPass
 from torchopt.export.passes.late_bias import LateBiasPass
 from torchopt.export.passes.late_dequantize import LateDequantizePass
+from torchopt.export.passes.own_weights import OwnWeightsPass
 from torchopt.export.passes.redundant_activations import RedundantActivationsPass
 from torchopt.export.passes.short_names import ShortNamesPass
 from torchopt.export.passes.static_shapes import StaticShapesPass
@@ -31,6 +32,7 @@ __all__ = [
     "KeepFloatPass",
     "LateBiasPass",
     "LateDequantizePass",
+    "OwnWeightsPass",
     "RedundantActivationsPass",
     "ShortNamesPass",
     "StaticShapesPass",
