@@ -96,8 +96,9 @@ def correct(model: nn.Module, calls: Sequence[Call], *, progress: bool = False) 
     wanted = sum(_rounds(layer) or layer.config.bias_correction for _, layer in _layers(model))
     if not calls or not wanted:
         return
+    compares = any(layer.config.bias_correction or layer.config.rounding == "adaptive" for _, layer in _layers(model))
     with rounding(model):
-        for visit in track(walk(model, calls), "correct", enabled=progress):
+        for visit in track(walk(model, calls, floats=compares), "correct", enabled=progress):
             if _rounds(visit.layer):
                 ROUND[visit.layer.config.rounding](visit)
             if visit.layer.config.bias_correction:
