@@ -17,7 +17,7 @@ from torchopt.errors import (
 from torchopt.export import ExportResult, PackReport, export, pack, unpack
 from torchopt.one_shot import one_shot
 from torchopt.prune import ConstantSparsity, CosineDecay, MultiStep, PolynomialDecay, Prune
-from torchopt.quantize import Quantize
+from torchopt.quantize import Quantize, load_ranges, save_ranges
 from torchopt.report import Report, report
 from torchopt.rules import Rule
 from torchopt.runtime import Placement, Timing, Verdict, benchmark, inspect, verify
@@ -54,12 +54,14 @@ __all__ = [
     "finalize",
     "inspect",
     "load",
+    "load_ranges",
     "one_shot",
     "pack",
     "prepare",
     "reestimate_batch_norm",
     "report",
     "save",
+    "save_ranges",
     "shrink",
     "step",
     "unpack",

@@ -8,6 +8,7 @@ with warnings.catch_warnings():
     from torchopt.quantize.attach import attach, left_float, settle_scales, update
     from torchopt.quantize.attention import can_open, open_attentions
     from torchopt.quantize.bake import bake
+    from torchopt.quantize.cache import load_ranges, save_ranges
     from torchopt.quantize.calibrate import calibrate, observes, synchronize
     from torchopt.quantize.config import Quantize
     from torchopt.quantize.dynamic import DynamicLinear
@@ -24,8 +25,10 @@ __all__ = [
     "calibrate",
     "can_open",
     "left_float",
+    "load_ranges",
     "observes",
     "open_attentions",
+    "save_ranges",
     "settle_scales",
     "synchronize",
     "update",

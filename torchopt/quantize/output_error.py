@@ -26,7 +26,7 @@ from torchopt.quantize.observers.ranges import mse_range
 from torchopt.quantize.pieces import Call, kept
 from torchopt.quantize.rounding import in_memory_order, order
 
-SAMPLES = 32
+SAMPLES = 64
 MOST = 1 << 17  # values of one activation that a pass counts
 
 
