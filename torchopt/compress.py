@@ -221,7 +221,7 @@ def _attach(model: nn.Module, assigned: Sequence[Assigned], found: Mapping[str, 
         zeros, distinct = found.get(name, (0, 0))
         if rule.prune or zeros:
             masks.append((weight, rule.prune or Prune(schedule=ConstantSparsity(target_sparsity=0.0), include_depthwise=True)))
-        if rule.cluster or distinct:
+        if rule.cluster or distinct - bool(zeros) > 1:  # one value beside zero is no table
             tables.append((weight, rule.cluster or Cluster(n_clusters=max(2, distinct), include_depthwise=True)))
     skipped = _frozen(masks, "prune") + _frozen(tables, "cluster")
     masks, tables = _trainable(masks), _trainable(tables)
