@@ -1,9 +1,14 @@
-"""What pruning, clustering and quantization-aware training cost together: the training step over the float step, on two networks."""
+"""What the three keep together, on every kind of layer, and what they cost: the training step over the float step, on two networks."""
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from xml.etree import ElementTree
 
 import torch
 import torchvision
@@ -87,6 +92,25 @@ def rows_of(name: str, rounds: int) -> list[Row]:
     return found
 
 
+def laws_row(orders: str = "joint or successive") -> Row:
+    """The laws of `tests/test_combine_laws.py`: zeros stay, at most K values, idempotent, final = last forward, the model untouched."""
+    note("combine: laws")
+    root = Path(__file__).resolve().parents[2]
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "laws.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "tests/test_combine_laws.py", "-k", orders, f"--junit-xml={report}"]
+        subprocess.run(command, cwd=root, stdout=subprocess.DEVNULL, check=False)
+        suite = next(ElementTree.parse(report).iter("testsuite"))
+    count, failed = int(suite.get("tests", 0)), int(suite.get("failures", 0)) + int(suite.get("errors", 0))
+    return Row(
+        what="mask, table, scale and all together, on every kind of layer, jointly and in rounds: cases whose laws hold",
+        asked="all",
+        reached=f"{count - failed} of {count}",
+        holds=count > 0 and not failed,
+        note="tests/test_combine_laws.py",
+    )
+
+
 def main() -> None:
     """Measure, print, write docs/bench/combine.*."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -94,7 +118,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     rows = [row for name in NETWORKS for row in rows_of(name, 3 if options.quick else options.rounds)]
-    write("combine", rows)
+    write("combine", [laws_row(), *rows])
 
 
 if __name__ == "__main__":

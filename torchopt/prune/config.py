@@ -37,8 +37,8 @@ class Prune:
         m: the size of a group of neighbours.
         scope: "layer" ranks each weight tensor by itself; "global" ranks all tensors with this same configuration together.
         min_keep: with "global", the fraction of each tensor that survives at least.
-        score: "magnitude" |w|; "taylor" Σ|w·∂L/∂w| and "movement" -Σ w·∂L/∂w over the steps so far; "wanda" |w|·‖x‖ with x the
-            layer's inputs seen so far; "random".
+        score: "magnitude" |w|; "taylor" Σ|w·∂L/∂w| and "movement" -Σ w·∂L/∂w over the steps so far, or the samples given to
+            `one_shot`; "wanda" |w|·‖x‖ with x the layer's inputs seen so far; "random".
         seed: of the "random" score.
         include_depthwise: mask depthwise convolutions too.
         only_where_faster: a runtime ("ort-x86"): leave alone what that runtime would not run faster, and say so in the report.
