@@ -274,3 +274,15 @@ def test_P7_bad_files_exit_with_2_and_one_line(tmp_path, capfd, command, damage)
         f"torchopt: {path}" if (command, damage) != ("pack", "new opset") else "torchopt: pack: the model has"
     )
     assert not (tmp_path / "out.onnx").exists()
+
+
+@pytest.mark.parametrize("shape", [(91, 2), (7,)])
+def test_scales_that_do_not_fit_their_weight_are_refused(tmp_path, shape):
+    write(tmp_path / "a.onnx", weight(0.8, 16, np.int8))
+    model = onnx.load(tmp_path / "a.onnx")
+    next(t for t in model.graph.initializer if t.name == "s").CopyFrom(
+        onnx.numpy_helper.from_array(np.ones(shape, np.float32), "s")
+    )
+    onnx.save(model, tmp_path / "a.onnx")
+    with pytest.raises(torchopt.FileError, match=r"a\.onnx: a weight or its scale is damaged \("):
+        decode_initializers(tmp_path / "a.onnx")

@@ -12,11 +12,14 @@ A scale may itself be float16, with a Cast.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+
+WIDENED = 64  # times as large: more than any channels of zeros make a weight; a small file never claims a huge one
 
 
 def weight_values(model: ir.Model) -> dict[str, np.ndarray]:
@@ -92,6 +95,8 @@ def _moved(stored: np.ndarray, node: ir.Node | None, raw: dict[str, np.ndarray])
 
 def _pad(array: np.ndarray, node: ir.Node, operands: list[Any]) -> np.ndarray:
     ends = operands[0].reshape(2, array.ndim)
+    if math.prod(size + int(added) for size, added in zip(array.shape, ends.sum(axis=0), strict=True)) > WIDENED * array.size:
+        raise ValueError("more zeros than any pass of ours adds")
     return np.pad(array, list(zip(*ends, strict=True)))
 
 

@@ -67,7 +67,8 @@ def decode_initializers(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """
     model = read(path)
     unpack_model(model, str(path))
-    return weight_values(model)
+    with _damage(str(path), "a weight or its scale"):
+        return weight_values(model)
 
 
 def pack_model(model: ir.Model) -> PackReport:
@@ -173,7 +174,7 @@ def unpack_model(model: ir.Model, where: str) -> None:
         if len(node.outputs) != 1:
             raise FileError(f"{where}: the packed weight of node {node.name!r} is damaged ({len(node.outputs)} outputs)")
         output, parts = node.outputs[0], [v for v in node.inputs if v is not None]
-        with _damage(where, str(output.name)):
+        with _damage(where, f"the packed weight {output.name}"):
             call = Call.of(node)
         decoded = functools.partial(_decoded, call, where, str(output.name))
         dense = ir.LazyTensor(decoded, call.dtype, ir.Shape(call.shape), name=output.name)
@@ -193,14 +194,14 @@ def unpack_model(model: ir.Model, where: str) -> None:
 
 
 def _decoded(call: Call, where: str, name: str) -> ir.TensorProtocol:
-    with _damage(where, name):
+    with _damage(where, f"the packed weight {name}"):
         return ir.tensor(decode(read_encoding(call)), name=name)
 
 
 @contextlib.contextmanager
-def _damage(where: str, name: str) -> Iterator[None]:
+def _damage(where: str, what: str) -> Iterator[None]:
     """Whatever decoding stumbles over is damage of the file."""
     try:
         yield
     except (KeyError, ValueError, IndexError, TypeError, AttributeError, AssertionError, OverflowError, MemoryError) as error:
-        raise FileError(f"{where}: the packed weight {name} is damaged ({error})") from error
+        raise FileError(f"{where}: {what} is damaged ({error})") from error
