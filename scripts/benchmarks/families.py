@@ -21,26 +21,11 @@ from torchopt import Quantize, Rule, export, one_shot, verify
 from torchopt.runtime import inspect
 
 FAMILIES = [
-    "alexnet",
-    "convnext_tiny",
-    "densenet121",
-    "efficientnet_b0",
-    "efficientnet_v2_s",
-    "googlenet",
-    "inception_v3",
-    "maxvit_t",
-    "mnasnet1_0",
-    "mobilenet_v2",
-    "mobilenet_v3_small",
-    "regnet_y_400mf",
-    "resnet18",
-    "resnext50_32x4d",
-    "shufflenet_v2_x1_0",
-    "squeezenet1_1",
-    "swin_t",
-    "vgg11",
-    "vit_b_16",
-    "wide_resnet50_2",
+    *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0"),
+    *("efficientnet_v2_s", "googlenet", "inception_v3", "maxvit_t"),
+    *("mnasnet1_0", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf"),
+    *("resnet18", "resnext50_32x4d", "shufflenet_v2_x1_0", "squeezenet1_1"),
+    *("swin_t", "vgg11", "vit_b_16", "wide_resnet50_2"),
 ]
 WHOLE = {"aux_logits": False, "init_weights": False}  # the inception nets have outputs for training, and initialize slowly
 FORMS = ("float", "float16", "int8")
