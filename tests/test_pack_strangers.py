@@ -1,14 +1,20 @@
 """ONNX files that were not made here: sparse constants, typed data, functions, training information, second files; bit for bit."""
 
 import contextlib
+import io
+import logging
 import tracemalloc
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime import quantization
+from onnxruntime.transformers import float16
 from test_pack_onnx import graph_of, run, weight
+from torch import nn
 
 import torchopt
 from torchopt.export import decode_initializers, pack, unpack
@@ -161,22 +167,62 @@ def test_P7_second_files_are_read_and_written(tmp_path, size):
     assert sorted(p.name for p in tmp_path.iterdir()) == names
 
 
-def other_makers(tmp_path):
-    """Files as other tools write them: by ONNX Runtime's quantizer, and in half precision."""
-    torchopt_free = pytest.importorskip("onnxruntime.quantization")
-    w = weight(0.8, 16)
-    graph_of(tmp_path / "float.onnx", [helper.make_node("MatMul", ["x", "w"], ["y"])], [numpy_helper.from_array(w, "w")])
-    with contextlib.redirect_stdout(None):
-        torchopt_free.quantize_dynamic(tmp_path / "float.onnx", tmp_path / "dynamic.onnx")
-    return tmp_path / "dynamic.onnx"
+def trained() -> nn.Sequential:
+    """A small convolutional network whose weights share values, as a stranger may have it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 16, 10)
+    ).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                step = p.abs().max() / 7
+                p.copy_((p / step).round() * step)
+    return model
+
+
+def made_by(maker: str, folder) -> None:
+    """a.onnx as another tool writes it."""
+    path, x = str(folder / "a.onnx"), torch.zeros(1, 3, 8, 8)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        if maker == "torch, dynamo":
+            torch.onnx.export(trained(), (x,), path, dynamo=True, input_names=["x"], external_data=False, verbose=False)
+            return
+        torch.onnx.export(trained(), (x,), path, dynamo=False, input_names=["x"], opset_version=13)
+        if maker == "dynamic quantizer":
+            quantization.quantize_dynamic(path, path)
+        elif maker == "static quantizer":
+            batches = iter([{"x": np.random.default_rng(i).standard_normal((1, 3, 8, 8)).astype(np.float32)} for i in range(3)])
+            reader = type("Reader", (quantization.CalibrationDataReader,), {"get_next": lambda self: next(batches, None)})()
+            quantization.quantize_static(path, path, reader, per_channel=True)
+        elif maker == "float16 converter":
+            onnx.save(float16.convert_float_to_float16(onnx.load(path), keep_io_types=True), path)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_P7_files_of_onnxruntimes_quantizer(tmp_path):
-    other_makers(tmp_path).rename(tmp_path / "a.onnx")
-    assert any(t.data_type in (TensorProto.INT8, TensorProto.UINT8) for t in onnx.load(tmp_path / "a.onnx").graph.initializer)
-    assert onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
-    round_trip(tmp_path, ["w_quantized"])
+@pytest.mark.parametrize(
+    "maker", ["torch, legacy", "torch, dynamo", "dynamic quantizer", "static quantizer", "float16 converter"]
+)
+def test_P7_files_of_other_makers(tmp_path, maker):
+    logging.disable(logging.CRITICAL)
+    try:
+        made_by(maker, tmp_path)
+    finally:
+        logging.disable(logging.NOTSET)
+    report = pack(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    assert len(report.rows) >= 2
+    unpack(tmp_path / "b.onnx", tmp_path / "c.onnx")
+    x = np.random.default_rng(9).standard_normal((1, 3, 8, 8)).astype(np.float32)
+    outputs = []
+    for name in "abc":
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        opened = onnxruntime.InferenceSession(tmp_path / f"{name}.onnx", options, providers=["CPUExecutionProvider"])
+        outputs.append(opened.run(None, {opened.get_inputs()[0].name: x})[0])
+    np.testing.assert_array_equal(outputs[1], outputs[0])
+    np.testing.assert_array_equal(outputs[2], outputs[0])
+    before, after = tensors(tmp_path / "a.onnx"), tensors(tmp_path / "c.onnx")
+    assert {name: after[name] for name in before} == before
 
 
 @pytest.mark.parametrize(
