@@ -193,3 +193,33 @@ class Normed(nn.Module):
 def test_an_untraceable_model_whose_batch_norms_need_a_graph_is_refused():
     with pytest.raises(torchopt.ModelError, match=r"Normed depends on data and cannot be traced.*float\(x\.shape\[2\]"):
         torchopt.prepare(Normed(), STATIC, (torch.randn(1, 3, 8, 8),))
+
+
+class Mine(nn.Conv2d):
+    """A layer of one's own that computes as torch's does, as torchvision's video networks have them."""
+
+    def __init__(self, inputs: int, outputs: int, note: str = "") -> None:
+        super().__init__(inputs, outputs, 3, padding=1, bias=False)
+        self.note = note
+
+
+class Scaled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_class_that_leaves_forward_alone_is_the_layer_that_it_extends(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(Mine(3, 16), nn.BatchNorm2d(16), nn.ReLU(), Mine(16, 8, "last"))
+    x = torch.randn(4, 3, 8, 8)
+    final = torchopt.one_shot(net, [torchopt.Rule("*", quantize=torchopt.Quantize())], [x], example_inputs=(x,), progress=False)
+    torchopt.export(final, (x,), tmp_path / "m.onnx")
+    assert len(torchopt.inspect(tmp_path / "m.onnx").integer) == 2
+    assert torchopt.verify(final, tmp_path / "m.onnx", [x]).max_steps <= 1
+
+
+def test_one_that_does_not_is_no_such_layer():
+    x = torch.randn(4, 3, 8, 8)
+    net = nn.Sequential(Scaled(3, 4, 3), nn.Conv2d(4, 4, 3))
+    ready = torchopt.prepare(net, [torchopt.Rule("*", quantize=torchopt.Quantize())], example_inputs=(x,))
+    assert torch.allclose(ready.eval()(x), net(x), atol=0.05), "its factor is not lost"

@@ -11,7 +11,7 @@ from torchopt.quantize.config import Quantize
 from torchopt.quantize.layers import fused
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.recurrent import RECURRENT
-from torchopt.quantize.rounded import FUSED_ROUNDED, rounded
+from torchopt.quantize.rounded import rounded, rounded_class
 from torchopt.quantize.targets import Target
 from torchopt.surgery import get_module, set_module
 from torchopt.weights import Weight, weights
@@ -49,7 +49,7 @@ def weights_later(module: nn.Module) -> list[Weight]:
 def without_graph(module: nn.Module, config: Quantize) -> Quantize:
     """What is left of static quantization for a module that no graph shows: both ends of a layer on grids, or the weights alone."""
     graph_only = {"rounding": "nearest", "equalize": False, "bias_correction": False, "fallback": None}
-    if type(module) in FUSED_ROUNDED:
+    if rounded_class(module) is not None:
         return replace(config, **graph_only)  # type: ignore[arg-type]
     return replace(config, mode="weight_only", activation_bits=8, **graph_only)  # type: ignore[arg-type]
 

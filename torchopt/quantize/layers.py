@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 
 from torchopt.quantize.blocks import FusedBlockLinear, takes_blocks
 from torchopt.quantize.config import Quantize
@@ -93,6 +94,22 @@ FUSED: dict[type[nn.Module], type[Fused]] = {
 }
 
 
+def layer_class(module: nn.Module) -> type[nn.Module] | None:
+    """Return torch's layer that `module` is, or that it computes as: a class of anyone's own that leaves `forward` alone.
+
+    Example:
+        >>> class Mine(nn.Conv3d):
+        ...     stride_of = 2
+        >>> layer_class(Mine(1, 2, 3)).__name__, layer_class(nn.ReLU())
+        ('Conv3d', None)
+    """
+    mine = type(module)
+    if mine in FUSED or mine.__module__.startswith("torch.") or parametrize.is_parametrized(module):
+        return mine if mine in FUSED else None
+    same = ("forward", "_conv_forward")
+    return next((c for c in FUSED if issubclass(mine, c) and all(getattr(mine, m, c) is getattr(c, m, c) for m in same)), None)
+
+
 def fused(layer: nn.Module, config: Quantize, bits: int) -> Fused | None:
     """Return the quantized layer that takes over `layer`'s parameters, or None where there is none of its class.
 
@@ -100,7 +117,8 @@ def fused(layer: nn.Module, config: Quantize, bits: int) -> Fused | None:
         >>> type(fused(nn.Conv2d(1, 4, 3), Quantize(), 8)).__name__
         'FusedConv2d'
     """
-    cls = FUSED.get(type(layer))
+    known = layer_class(layer)
+    cls = FUSED[known] if known else None
     if config.mode == "dynamic" and cls is FusedLinear:
         cls = FusedDynamicLinear
     elif config.block_size is not None and takes_blocks(layer, config.block_size):

@@ -19,7 +19,7 @@ from torchopt.errors import ModelError
 from torchopt.quantize.activations import ActivationQuantizer, FixedQuantize
 from torchopt.quantize.config import Quantize
 from torchopt.quantize.dynamic import called
-from torchopt.quantize.layers import FusedConv1d, FusedConv2d, FusedConv3d, FusedLinear
+from torchopt.quantize.layers import FusedConv1d, FusedConv2d, FusedConv3d, FusedLinear, layer_class
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.placement import activation_quantizer
 from torchopt.quantize.targets import Target
@@ -124,9 +124,15 @@ FUSED_ROUNDED: dict[type[nn.Module], type[FusedRounded]] = {
 }
 
 
+def rounded_class(layer: nn.Module) -> type[FusedRounded] | None:
+    """The class of quantized layer with grids of its own that `layer` would become, or None."""
+    known = layer_class(layer)
+    return FUSED_ROUNDED.get(known) if known else None
+
+
 def rounded(layer: nn.Module, config: Quantize, bits: int, target: Target) -> FusedRounded | None:
     """Return the quantized layer that takes over `layer`'s parameters and rounds its input, or None where there is none of its class."""
-    cls = FUSED_ROUNDED.get(type(layer))
+    cls = rounded_class(layer)
     if cls is None:
         return None
     quantized: Any = cls.of(layer, config, bits)

@@ -28,6 +28,7 @@ from torch.ao.quantization.fx.tracer import QuantizationTracer
 from torch.fx.proxy import Attribute
 
 from torchopt.errors import ModelError
+from torchopt.quantize.layers import layer_class
 
 EXAMPLE = "example"  # in the meta of a node: its value on the example inputs, without data
 OPEN = (nn.Transformer, nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoder, nn.TransformerDecoderLayer)
@@ -70,10 +71,10 @@ class Tracer(QuantizationTracer):
         self.inputs = iter([self.fake.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in example_inputs])
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """True for torch's own layers, for what cannot be followed, and for what only regularizes."""
+        """True for torch's own layers and what computes as one, for what cannot be followed, and for what only regularizes."""
         if isinstance(m, OPEN) and module_qualified_name not in self.skipped_module_names:
             return False
-        return regularizes(m) or bool(super().is_leaf_module(m, module_qualified_name))
+        return regularizes(m) or layer_class(m) is not None or bool(super().is_leaf_module(m, module_qualified_name))
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """Trace into `m`, and remember it while an error may come from it."""
