@@ -145,7 +145,8 @@ def test_P7_unpack_in_javascript_gives_the_dense_bits_of_every_codec(tmp_path, o
     if opset == 18:
         opset_18(tmp_path / "a.onnx")
     codecs = {row.codec for row in pack(tmp_path / "a.onnx", tmp_path / "b.onnx").rows}
-    assert {"table4", "channel2", "one", "mask+raw", "table7", "table4+3", "mask+channel3"} <= codecs, codecs
+    assert {"table4", "channel2", "one", "mask+raw", "table7", "mask+channel3"} <= codecs, codecs
+    assert any(c.startswith("table") and "+" in c for c in codecs), "codes with rare high bits apart"
     assert any(c.startswith("gaps") and c.endswith("+one") for c in codecs)
     done = unpack_in_node(tmp_path / "b.onnx", tmp_path / "c.onnx")
     assert (done.returncode, done.stdout) == (0, "true false\n"), done.stderr

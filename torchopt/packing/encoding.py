@@ -57,7 +57,7 @@ class Encoding:
 
     @property
     def name(self) -> str:
-        """The codec in a few letters: "gaps3+table4" is three-bit gaps and four-bit codes; "table5+3" has three rare bits more."""
+        """The codec in a few letters: "gaps3+table4" is three-bit gaps and four-bit codes; "table5+2" has two rare bits more."""
         where = {"all": "", "mask": "mask+", "gaps": f"gaps{self.gap_bits}+"}[self.positions]
         return f"{where}{self.values}{self.code_bits or ''}{f'+{len(self.planes)}' if self.planes else ''}"
 
