@@ -20,7 +20,7 @@ ROOMS = [
     {"weights", "grid", "schedule", "batches", "surgery", "state", "traced", "batch_norm", "scratch", "gradients"},
     {"prune", "cluster", "quantize"},
     {"export", "runtime"},
-    {"rules", "fallback", "compress", "earlier", "refusals", "one_shot", "shrink", "checkpoint", "sensitivity"},
+    {"rules", "fallback", "compress", "earlier", "refusals", "accurate", "one_shot", "shrink", "checkpoint", "sensitivity"},
     {"models", "data", "train", "integrations"},
     {"recipe", "report"},
     {"run", "search"},

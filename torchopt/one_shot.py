@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch import nn
 from torchopt import cluster as clustering
 from torchopt import prune as pruning
 from torchopt import quantize as quantization
+from torchopt.accurate import Evaluate, accurate
 from torchopt.batch_norm import reestimate_batch_norm
-from torchopt.batches import Batch, model_inputs
+from torchopt.batches import Batch, model_inputs, pieces
 from torchopt.compress import calibrate, finalize, prepare
 from torchopt.errors import ConfigError
 from torchopt.gradients import Gradients, Loss, sample_gradients
@@ -22,6 +24,7 @@ from torchopt.refusals import refuse_model
 from torchopt.rules import Rule, assign
 from torchopt.weights import find_weight
 
+HARM_SAMPLES = 32  # run once for each layer, to see what its rounding does
 UNSEEN = 0.01  # of the mean importance, added to each weight's: the samples are few, and what they did not touch counts too
 
 
@@ -32,6 +35,8 @@ def one_shot(
     *,
     example_inputs: tuple[Any, ...] | None = None,
     loss: Loss | None = None,
+    evaluate: Evaluate | None = None,
+    max_drop: float = 0.005,
     reestimate: bool = False,
     target: str = "ort-x86",
     progress: bool = True,
@@ -47,6 +52,10 @@ def one_shot(
         loss: `loss(outputs, labels)` → a scalar tensor, for the scores "taylor" and "movement" of `Prune` and for
             `Cluster(importance="fisher")`. Without one, "taylor" and "fisher" measure what each weight does to the outputs, and need
             no labels.
+        evaluate: a score of a model, higher for better, such as its accuracy on data that is not in `batches`. Given one, as few layers
+            as possible whose rule says `Quantize(fallback="auto")` stay float, the most harmful first, so that the score is at most
+            `max_drop` below the float model's; about 2·log₂(layers) models are made and scored.
+        max_drop: in the units of `evaluate`.
         reestimate: run `batches` through the pruned or clustered model and renew its batch-norm statistics.
         target: as for `prepare`.
         progress: show progress bars on stderr.
@@ -55,7 +64,9 @@ def one_shot(
         A plain model.
 
     Raises:
-        ConfigError: a score or an importance needs data, and there is none, or a loss, and there is none.
+        ConfigError: a score or an importance needs data, and there is none, or a loss, and there is none; `evaluate` without
+            fallback="auto".
+        TargetError: `evaluate` stays too low with every layer in float.
 
     Example:
         >>> from torchopt import Cluster
@@ -70,6 +81,32 @@ def one_shot(
     rules, plain = [rules] if isinstance(rules, Rule) else list(rules), _unfrozen(model)
     refuse_model(plain)
     asked = _by_gradients(plain, rules, batches, loss)
+    if evaluate is not None:
+        batches = list(batches or ())
+    ready: list[nn.Module] = []
+
+    def compressed(some: Sequence[Rule]) -> nn.Module:
+        ready[:] = [_ready(plain, some, batches, asked, example_inputs, loss, reestimate, target, progress)]
+        return finalize(ready[0], unfinished=True)  # `finish` has set the final sparsity, ahead of every schedule
+
+    if evaluate is None:
+        return compressed(rules)
+    seen = [next(pieces(batch, HARM_SAMPLES)) for batch in islice(batches or (), 1)]
+    return accurate(model, rules, compressed, lambda: quantization.harms(ready[0], seen), evaluate, max_drop)
+
+
+def _ready(
+    plain: nn.Module,
+    rules: Sequence[Rule],
+    batches: Iterable[Batch] | None,
+    asked: dict[str, bool],
+    example_inputs: tuple[Any, ...] | None,
+    loss: Loss | None,
+    reestimate: bool,
+    target: str,
+    progress: bool,
+) -> nn.Module:
+    """The prepared model with its masks at their final sparsity, its tables fitted and its ranges known."""
     ready = prepare(plain, [_evenly(rule) for rule in rules], example_inputs, target=target)
     again = bool(asked) or pruning.observes(ready) or reestimate  # then the batches are read more than once
     batches = list(batches) if batches is not None and again else batches
@@ -82,7 +119,7 @@ def one_shot(
         reestimate_batch_norm(ready, batches)
     if batches is not None and quantization.observes(ready):
         calibrate(ready, batches, progress=progress)
-    return finalize(ready, unfinished=True)  # `finish` has set the final sparsity, ahead of every schedule
+    return ready
 
 
 def _unfrozen(model: nn.Module) -> nn.Module:

@@ -12,6 +12,7 @@ with warnings.catch_warnings():
     from torchopt.quantize.calibrate import calibrate, observes, synchronize
     from torchopt.quantize.config import Quantize
     from torchopt.quantize.dynamic import DynamicLinear
+    from torchopt.quantize.harm import harms
     from torchopt.quantize.rounded import Rounded
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "bake",
     "calibrate",
     "can_open",
+    "harms",
     "left_float",
     "load_ranges",
     "observes",

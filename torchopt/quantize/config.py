@@ -39,7 +39,8 @@ class Quantize:
         learn_scale: train the scales with the weights (LSQ, Esser et al. 2020, arXiv:1902.08153).
         milestones: optimizer steps at which training starts to fake-quantize, freezes the observers, and freezes batch norm.
         block_size: input weights a scale, for 4-bit linear layers in "weight_only" mode; None is one scale per channel.
-        fallback: "auto" leaves in float what integers make slower, measured by `prepare` in ONNX Runtime on this machine; None keeps all.
+        fallback: "auto" leaves in float what integers make slower, measured by `prepare` in ONNX Runtime on this machine, and what makes
+            the score too low where `one_shot` is given an `evaluate`; None keeps all.
 
     Raises:
         ConfigError: a field is out of its range.
