@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class State(nn.Module):
         self.plan = plan
         self.ranks_agree = False
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("fingerprint", _digest(repr((self.rules, sorted(names), target))))
+        self.register_buffer("fingerprint", _digest(repr((_chosen(self.rules), sorted(names), target))))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `x`: a prepared `nn.Sequential` runs through all its submodules, and this is one of them."""
@@ -111,6 +112,23 @@ def require_state(model: nn.Module, verb: str) -> tuple[nn.Module, State]:
     if found is None:
         raise StateError(f"{verb}: this {type(model).__name__} was not prepared; call torchopt.prepare(model, rules) first")
     return found
+
+
+def _chosen(value: Any) -> Any:
+    """The fields that differ from their defaults: an option that a later version adds leaves older checkpoints readable.
+
+    Example:
+        >>> from torchopt import Cluster, Rule
+        >>> _chosen(Rule("*", cluster=Cluster(n_clusters=4)))
+        ('Rule', {'cluster': ('Cluster', {'n_clusters': 4})})
+    """
+    if isinstance(value, tuple | list):
+        return [_chosen(one) for one in value]
+    if not is_dataclass(value):
+        return value
+    given = {field.name: (getattr(value, field.name), field) for field in fields(value)}
+    told = {name: _chosen(now) for name, (now, field) in given.items() if MISSING is field.default or now != field.default}
+    return type(value).__name__, told
 
 
 def _digest(text: str) -> torch.Tensor:
