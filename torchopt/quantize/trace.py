@@ -15,9 +15,11 @@ import contextlib
 import copy
 import inspect
 import operator
+import os
 import traceback
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +29,11 @@ from torch._subclasses import FakeTensorMode
 from torch.ao.quantization.fx.tracer import QuantizationTracer
 from torch.fx.proxy import Attribute
 
+from torchopt import errors
 from torchopt.errors import ModelError
 from torchopt.quantize.layers import layer_class
+
+LIBRARIES = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, errors.__file__))  # no code of the user's
 
 EXAMPLE = "example"  # in the meta of a node: its value on the example inputs, without data
 OPEN = (nn.Transformer, nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoder, nn.TransformerDecoderLayer)
@@ -267,9 +272,7 @@ def _only_marked(target: Any) -> bool:
 
 def _untraceable(model: nn.Module, error: Exception) -> str:
     """Where tracing failed, in the user's own code, and what helps."""
-    frames = [
-        f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and "torchopt" not in f.filename
-    ]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(LIBRARIES)]
     where = f"{frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line}" if frames else "its forward"
     return (
         f"quantize: the forward of {type(model).__name__} depends on data and cannot be traced ({where}): "
