@@ -87,3 +87,9 @@ def test_masks_that_cost_too_much_are_named():
     rule = Rule("*", prune=cut, quantize=Quantize(fallback="auto", **PLAIN))
     with pytest.raises(torchopt.TargetError, match="with all 5 layers float the score is .* masks or tables cost it"):
         compress([rule], closeness(), 0.01)
+
+
+def test_layers_cannot_be_ranked_without_data():
+    rule = Rule("*", quantize=Quantize(mode="weight_only", weight_bits=2, fallback="auto"))
+    with pytest.raises(torchopt.ConfigError, match="which data shows; give batches"):
+        torchopt.one_shot(net(), [rule], example_inputs=(X[:1],), evaluate=closeness(), max_drop=0.0, progress=False)

@@ -18,7 +18,7 @@ from torch import nn
 from torchopt.errors import StateError
 from torchopt.export import export
 from torchopt.progress import track
-from torchopt.rules import Assigned, Rule, assign
+from torchopt.rules import Assigned, Rule, assign, without_grids
 from torchopt.runtime import benchmark
 from torchopt.weights import Skipped
 
@@ -49,12 +49,16 @@ def faster_rules(
     kinds: dict[str, list[Assigned]] = {}
     for found in asked:
         kinds.setdefault(_kind(found), []).append(found)
-    choices = {kept: _without(rules, kinds, kept) for kept in _subsets(list(kinds))}
+
+    def floats(kept: tuple[str, ...]) -> list[str]:
+        return [a.weight.name for kind in kinds if kind not in kept for a in kinds[kind]]
+
+    choices = {kept: without_grids(rules, asked, floats(kept)) for kept in _subsets(list(kinds))}
     with tempfile.TemporaryDirectory() as name:
         kept, ratio = _fastest(model, choices, example_inputs, target, quantized, Path(name))
     reason = f"integers in {' and '.join(kinds)} take {ratio:.2f} × the time of float in ONNX Runtime on this machine; left float"
-    left = [a.weight.name for kind in kinds if kind not in kept for a in kinds[kind]]
-    return choices.get(kept, _without(rules, kinds, ())), [Skipped(name=n, technique="quantize", reason=reason) for n in left]
+    left = floats(kept)
+    return without_grids(rules, asked, left), [Skipped(name=n, technique="quantize", reason=reason) for n in left]
 
 
 def _fastest(
@@ -94,20 +98,3 @@ def _kind(found: Assigned) -> str:
     return (
         "convolutions" if convolution else "linear layers" if isinstance(module, nn.Linear) else f"{type(module).__name__} layers"
     )
-
-
-def _without(rules: Sequence[Rule], kinds: dict[str, list[Assigned]], kept: tuple[str, ...]) -> list[Rule]:
-    """The rules, preceded by one for each weight that shall stay float; its masks and tables stay."""
-    exact = {
-        a.weight.name: Rule(a.weight.name, prune=a.rule.prune, cluster=a.rule.cluster)
-        for kind, members in kinds.items()
-        if kind not in kept
-        for a in members
-    }
-    return [*exact.values(), *(r for r in rules if _still_matches(r, kinds, set(exact)))]
-
-
-def _still_matches(rule: Rule, kinds: dict[str, list[Assigned]], left: set[str]) -> bool:
-    """False for a rule all of whose weights have rules of their own now: it would match nothing."""
-    members = [a for found in kinds.values() for a in found if a.rule is rule]
-    return not members or any(a.weight.name not in left for a in members)

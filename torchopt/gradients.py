@@ -87,7 +87,9 @@ def _value(model: nn.Module, sample: Batch, loss: Loss | None, generator: torch.
     """
     args, kwargs = model_inputs(model, sample)
     outputs = model(*args, **kwargs)
-    value = _projection(outputs, generator) if loss is None else loss(outputs, labels(model, sample))
+    value = random_projection(outputs, generator) if loss is None else loss(outputs, labels(model, sample))
+    if value is None and loss is None:
+        raise ConfigError("gradients: no output depends on the weights; give a loss")
     if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.requires_grad:
         got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
         raise ConfigError(f"loss: returned {got}; one number that depends on the outputs is needed, such as cross_entropy's")
@@ -96,8 +98,15 @@ def _value(model: nn.Module, sample: Batch, loss: Loss | None, generator: torch.
     return value.reshape(())
 
 
-def _projection(outputs: Any, generator: torch.Generator) -> torch.Tensor:
+def random_projection(outputs: Any, generator: torch.Generator) -> torch.Tensor | None:
+    """Return r·outputs with r ~ N(0, 1), a scalar, over all tensors of any structure that have a gradient; None where none has.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> random_projection({"y": 3 * x}, torch.Generator().manual_seed(0)).shape, random_projection((), torch.Generator())
+        (torch.Size([]), None)
+    """
     answers = [y for y in tree_leaves(outputs) if isinstance(y, torch.Tensor) and y.requires_grad]
     if not answers:
-        raise ConfigError("gradients: no output depends on the weights; give a loss")
+        return None
     return torch.stack([(y * torch.randn(y.shape, generator=generator).to(y)).sum() for y in answers]).sum()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import islice
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torchopt import prune as pruning
 from torchopt import quantize as quantization
 from torchopt.accurate import Evaluate, accurate
 from torchopt.batch_norm import reestimate_batch_norm
-from torchopt.batches import Batch, model_inputs, pieces
+from torchopt.batches import Batch, model_inputs
 from torchopt.compress import calibrate, finalize, prepare
 from torchopt.errors import ConfigError
 from torchopt.gradients import Gradients, Loss, sample_gradients
@@ -24,7 +24,6 @@ from torchopt.refusals import refuse_model
 from torchopt.rules import Rule, assign
 from torchopt.weights import find_weight
 
-HARM_SAMPLES = 32  # run once for each layer, to see what its rounding does
 UNSEEN = 0.01  # of the mean importance, added to each weight's: the samples are few, and what they did not touch counts too
 
 
@@ -81,27 +80,21 @@ def one_shot(
     rules, plain = [rules] if isinstance(rules, Rule) else list(rules), _unfrozen(model)
     refuse_model(plain)
     asked = _by_gradients(plain, rules, batches, loss)
+    data = list(batches) if batches is not None and evaluate is not None else batches  # which is read again for each trial
+    ready = partial(_ready, plain, data, asked, loss, example_inputs, reestimate=reestimate, target=target, progress=progress)
     if evaluate is not None:
-        batches = list(batches or ())
-    ready: list[nn.Module] = []
-
-    def compressed(some: Sequence[Rule]) -> nn.Module:
-        ready[:] = [_ready(plain, some, batches, asked, example_inputs, loss, reestimate, target, progress)]
-        return finalize(ready[0], unfinished=True)  # `finish` has set the final sparsity, ahead of every schedule
-
-    if evaluate is None:
-        return compressed(rules)
-    seen = [next(pieces(batch, HARM_SAMPLES)) for batch in islice(batches or (), 1)]
-    return accurate(model, rules, compressed, lambda: quantization.harms(ready[0], seen), evaluate, max_drop)
+        return accurate(model, rules, ready, list(data or ()), evaluate, max_drop)
+    return finalize(ready(rules), unfinished=True)  # `finish` has set the final sparsity, ahead of every schedule
 
 
 def _ready(
     plain: nn.Module,
-    rules: Sequence[Rule],
     batches: Iterable[Batch] | None,
     asked: dict[str, bool],
-    example_inputs: tuple[Any, ...] | None,
     loss: Loss | None,
+    example_inputs: tuple[Any, ...] | None,
+    rules: Sequence[Rule],
+    *,
     reestimate: bool,
     target: str,
     progress: bool,

@@ -7,7 +7,7 @@ not take by itself (those of custom modules). A rule that matches nothing is a m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -100,6 +100,24 @@ def assign(model: nn.Module, rules: Sequence[Rule]) -> list[Assigned]:
             raise RuleError(_nothing_matched(model, number, rule, candidates))
     chosen = ((w, next((r for r in rules if r.covers(w)), None)) for w in candidates)
     return [Assigned(weight=w, rule=r) for w, r in chosen if r is not None]
+
+
+def without_grids(rules: Sequence[Rule], assigned: Iterable[Assigned], names: Container[str]) -> list[Rule]:
+    """Return the rules, preceded by one for each named weight that leaves its masks and tables and takes its integer grid away.
+
+    Args:
+        rules: in order of precedence.
+        assigned: what `assign` gave of them.
+        names: of weights.
+
+    Example:
+        >>> rules = [Rule("*", quantize=Quantize())]
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> [(r.match, r.quantize is None) for r in without_grids(rules, assign(net, rules), {"1.weight"})]
+        [('1.weight', True), ('*', False)]
+    """
+    exact = [Rule(a.weight.name, prune=a.rule.prune, cluster=a.rule.cluster) for a in assigned if a.weight.name in names]
+    return [*exact, *rules]
 
 
 def _checked(rules: Sequence[Rule]) -> list[Rule]:

@@ -58,7 +58,7 @@ class Counted:
 
     def near(self, centres: Array, *, pinned: bool) -> tuple[Points, Array]:
         """Points of which those near a border are single values; and which cells that are, bool (cells,)."""
-        middle = np.rint((centres[1:] + centres[:-1]) / 2 * self.cells.scale + self.cells.offset).astype(np.int64)
+        middle = self._border_cells(centres)
         open_ = np.zeros(self.cells.count, dtype=np.bool_)
         reach = int(self.cells.count * NEAR)
         for cell in np.clip(middle, 0, self.cells.count - 1):
@@ -73,8 +73,12 @@ class Counted:
 
     def inside(self, centres: Array, open_: Array) -> bool:
         """True where every border lies in a cell whose values were taken one by one, and so do both cells beside it."""
-        middle = np.rint((centres[1:] + centres[:-1]) / 2 * self.cells.scale + self.cells.offset).astype(np.int64)
+        middle = self._border_cells(centres)
         return all(bool(open_[np.clip(middle + step, 0, self.cells.count - 1)].all()) for step in (-1, 0, 1))
+
+    def _border_cells(self, centres: Array) -> Array:
+        """The cell that each border between neighbouring centres falls in, also beyond the cells that there are."""
+        return np.rint((centres[1:] + centres[:-1]) / 2 * self.cells.scale + self.cells.offset).astype(np.int64)
 
 
 def counted(x: Array, weight: Array | None, n_clusters: int) -> Counted | None:

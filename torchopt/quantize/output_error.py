@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
+from torchopt.gradients import random_projection
 from torchopt.quantize.activations import ActivationQuantizer
 from torchopt.quantize.corrections.walk import rounding
 from torchopt.quantize.folding import folded_once
@@ -64,11 +64,10 @@ def _gradients(
     finally:
         for hook in hooks:
             hook.remove()
-    answers = [y for y in tree_leaves(outputs) if isinstance(y, torch.Tensor) and y.requires_grad]
     reached = [(quantizer, x) for quantizer, x in read if x.requires_grad]
-    if not answers or not reached:
+    projection = random_projection(outputs, generator) if reached else None
+    if projection is None:
         return
-    projection = torch.stack([(y * torch.randn(y.shape, generator=generator).to(y.device)).sum() for y in answers]).sum()
     gradients = torch.autograd.grad(projection, [x for _, x in reached], allow_unused=True)
     for (quantizer, x), gradient in zip(reached, gradients, strict=True):
         if gradient is not None:
