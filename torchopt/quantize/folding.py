@@ -29,17 +29,23 @@ def folded_once(layers: Iterable[nn.Module]) -> Iterator[None]:
         (True, None)
     """
     found = [m for m in layers if isinstance(m, Fused) and not m.training and m.bn_is_fixed]
+    hooks = [layer.register_forward_pre_hook(_follow) for layer in found]
     try:
         with torch.no_grad():
             for layer in found:
-                layer.held = _laid(*layer.in_use())
+                weight, bias = layer.in_use()
+                layer.held = weight.detach(), bias
         yield
     finally:
-        for layer in found:
+        for layer, hook in zip(found, hooks, strict=True):
             layer.held = None
+            hook.remove()
 
 
-def _laid(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The weight in the order of memory that convolutions on channels-last inputs take."""
-    weight = weight.detach()
-    return weight.contiguous(memory_format=torch.channels_last) if weight.dim() == 4 else weight, bias
+def _follow(layer: Fused, given: tuple[torch.Tensor, ...]) -> None:
+    """Lay a convolution's weight out as its images are: one that is channels last would make the result so, which no `view` takes."""
+    last = torch.channels_last
+    if layer.held is not None and given[0].dim() == 4 and layer.held[0].dim() == 4:
+        weight, bias = layer.held
+        if given[0].is_contiguous(memory_format=last) and not given[0].is_contiguous():
+            layer.held = weight.contiguous(memory_format=last), bias

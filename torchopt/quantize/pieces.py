@@ -41,7 +41,7 @@ def in_pieces(model: nn.Module, calls: Iterable[Call]) -> Iterator[list[Call]]:
         return
     for call in itertools.chain([first], stream):
         size = samples_of(call)
-        yield [part(call, start, min(start + PIECE, size)) for start in range(0, size, PIECE)]
+        yield [images_last(part(call, start, min(start + PIECE, size))) for start in range(0, size, PIECE)]
 
 
 def samples_of(call: Call) -> int:
@@ -76,8 +76,17 @@ def kept(calls: Iterable[Call], count: int) -> list[Call]:
 def _part(value: Any, size: int, start: int, end: int) -> Any:
     if not (isinstance(value, torch.Tensor) and value.dim() and len(value) == size):
         return value
-    value = value[start:end]
-    images = value.dim() == 4 and value.is_floating_point()
+    return value[start:end]
+
+
+def images_last(call: Call) -> Call:
+    """Return the same call with its images channels last."""
+    args, kwargs = call
+    return tuple(_last(x) for x in args), {k: _last(x) for k, x in kwargs.items()}
+
+
+def _last(value: Any) -> Any:
+    images = isinstance(value, torch.Tensor) and value.dim() == 4 and value.is_floating_point()
     return value.contiguous(memory_format=torch.channels_last) if images else value
 
 
@@ -92,7 +101,7 @@ def _independent(model: nn.Module, call: Call) -> bool:
         return False
     both, alone = part(call, 0, 2), part(call, 1, 2) if samples_of(call) > 1 else part(call, 0, 1)
     try:
-        together, apart = (tree_leaves(model(*args, **kwargs)) for args, kwargs in (both, alone))
+        together, apart = (tree_leaves(model(*args, **kwargs)) for args, kwargs in map(images_last, (both, alone)))
     except (RuntimeError, TypeError, ValueError, IndexError):
         return False  # a fixed batch size, say, or `view` on what is not contiguous
     pairs = [(a, b) for a, b in zip(together, apart, strict=True) if isinstance(a, torch.Tensor)]

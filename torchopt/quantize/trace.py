@@ -15,11 +15,9 @@ import contextlib
 import copy
 import inspect
 import operator
-import os
 import traceback
 import types
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,11 +27,9 @@ from torch._subclasses import FakeTensorMode
 from torch.ao.quantization.fx.tracer import QuantizationTracer
 from torch.fx.proxy import Attribute
 
-from torchopt import errors
 from torchopt.errors import ModelError
 from torchopt.quantize.layers import layer_class
-
-LIBRARIES = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, errors.__file__))  # no code of the user's
+from torchopt.quantize.mutation import CHANGED, LIBRARIES, versions, write_as_values
 
 EXAMPLE = "example"  # in the meta of a node: its value on the example inputs, without data
 OPEN = (nn.Transformer, nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoder, nn.TransformerDecoderLayer)
@@ -42,6 +38,11 @@ REGULARIZES = "training"  # what the forward of a module without weights asks fo
 
 class Unknown(Exception):  # noqa: N818 - no error of a user's
     """A value has no example."""
+
+
+def _changing(target: Any) -> Any:
+    """`y += z` as a call; torch.fx would write y = y + z, and other names of y would keep the old value."""
+    return lambda self, other: self.tracer.create_proxy("call_function", target, (self, other), {})
 
 
 class Seen(fx.Proxy):
@@ -56,6 +57,8 @@ class Seen(fx.Proxy):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    __iadd__, __isub__, __imul__, __itruediv__ = map(_changing, (operator.iadd, operator.isub, operator.imul, operator.itruediv))
 
 
 class SeenAttribute(Attribute):
@@ -135,8 +138,11 @@ class Tracer(QuantizationTracer):
         self.looking = True
         try:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), _known)
+            before = versions(node, example)
             with self.fake, torch.no_grad():
-                return self._run(node, args, kwargs)
+                value = self._run(node, args, kwargs)
+            node.meta[CHANGED] = [source for source, version in versions(node, example).items() if version != before[source]]
+            return value
         except Exception:
             return Unknown
         finally:
@@ -182,12 +188,14 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...] = ()) -> tuple[Quant
         while True:
             tracer = Tracer(leaves, example_inputs)
             try:
-                return _traced(model, tracer.trace(model, concrete_args=fixed)), leaves
+                graph = tracer.trace(model, concrete_args=fixed)
             except Exception as error:  # whatever the model's code does with a proxy
                 if tracer.inside and tracer.inside[-1] not in leaves:
                     leaves = [*leaves, tracer.inside[-1]]
                 else:
                     raise ModelError(_untraceable(model, error)) from error
+            else:
+                return _traced(model, graph), leaves
 
 
 def _traced(model: nn.Module, graph: fx.Graph) -> QuantizableGraph:
@@ -195,6 +203,8 @@ def _traced(model: nn.Module, graph: fx.Graph) -> QuantizableGraph:
         if not _only_marked(node.target):  # torch.fx took it for the function that was followed to it
             node.meta.pop("is_wrapped", None)
     _call_linear_layers(model, graph)
+    _take_any_layout(graph)
+    write_as_values(model, graph, example)
     traced = QuantizableGraph(model, graph, type(model).__name__)
     traced.train(model.training)
     return traced
@@ -215,6 +225,13 @@ def _call_linear_layers(model: nn.Module, graph: fx.Graph) -> None:
             call = graph.call_module(path, (x,))
         node.replace_all_uses_with(call)
         graph.erase_node(node)
+
+
+def _take_any_layout(graph: fx.Graph) -> None:
+    """Ask for `reshape` where the code asks for `view`: the same numbers, and images may be channels last."""
+    for node in graph.find_nodes(op="call_method", target="view"):
+        if not any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values())):
+            node.target = "reshape"
 
 
 def _left_out(model: nn.Module, example_inputs: tuple[Any, ...]) -> dict[str, Any]:
