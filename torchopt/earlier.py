@@ -45,5 +45,10 @@ def left_behind(candidates: Sequence[Weight]) -> dict[str, Left]:
 
 def _distinct(values: torch.Tensor) -> int:
     """Count the distinct values, giving up early (with a larger count) on tensors that were never clustered."""
-    probe = values[: USES * SHARED_AT_MOST].unique().numel()
-    return probe if probe > SHARED_AT_MOST else values.unique().numel()
+    size = USES * SHARED_AT_MOST
+    while size < values.numel():  # some start with a row that repeats few values
+        distinct = values[:size].unique().numel()
+        if distinct > SHARED_AT_MOST:
+            return distinct
+        size *= 16
+    return values.unique().numel()

@@ -26,6 +26,7 @@ from torch import fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.ao.quantization.fx.tracer import QuantizationTracer
 from torch.fx.proxy import Attribute
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchopt.errors import ModelError
 from torchopt.quantize.layers import layer_class
@@ -155,6 +156,8 @@ class Tracer(QuantizationTracer):
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         if node.op == "call_module":
             module = self.root.get_submodule(str(node.target))  # type: ignore[union-attr]
+            if type(module).forward is _BatchNorm.forward and not kwargs:  # it took half the time, and keeps the shape
+                return torch.empty_like(*args)
             state: dict[str, torch.Tensor] = {n: self.fake.from_tensor(t) for n, t in module.named_buffers()}  # batch norm counts
             return torch.func.functional_call(module, state, args, kwargs)
         owner, _, name = str(node.target).rpartition(".")
