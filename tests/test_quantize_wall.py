@@ -39,8 +39,9 @@ def test_ranges_are_the_extremes_of_all_batches():
     batches = [torch.randn(6, 3, 8, 8), torch.randn(5, 3, 8, 8)]
     ready = torchopt.calibrate(torchopt.prepare(net, NEAREST, (batches[0],)), batches, progress=False)
     ranges = {(float(m.min_val), float(m.max_val)) for m in ready.modules() if isinstance(m, ActivationQuantizer)}
-    x, after = torch.cat(batches), ready.eval().get_submodule("0")(torch.cat(batches)).detach()
-    assert {(float(x.min()), float(x.max())), (0.0, float(after.max()))} < ranges
+    x = torch.cat(batches)
+    assert (float(x.min()), float(x.max())) in ranges
+    assert {low for low, _ in ranges if low > -1} == {0.0}  # after ReLU6 and after Hardtanh
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
