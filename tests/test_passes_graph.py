@@ -93,6 +93,23 @@ def test_activation_before_a_quantizer_goes_where_it_repeats(activation, scale, 
     np.testing.assert_array_equal(run(after, x), run(before, x))
 
 
+@pytest.mark.parametrize(("activation", "ends"), [("Relu(c)", (93, 255)), ("Clip(c, lo, hi)", (66, 119))])
+def test_activation_behind_integers_clips_the_integers(activation, ends, tmp_path) -> None:
+    """Where the quantizer reaches further: the convolution is one integer kernel, and −0.54 and 0.52 are the integers 66 and 119."""
+    text = f"g(uint8[1,2,4,4] x) => (float[1,3,4,4] y) {{ d = DequantizeLinear(x, s, z) u = DequantizeLinear(w, t) c = Conv(d, u) a = {activation} q = QuantizeLinear(a, t, z) y = DequantizeLinear(q, t, z) }}"  # noqa: E501
+    w = np.random.default_rng(0).integers(-127, 128, (3, 2, 1, 1), dtype=np.int8)
+    constants = {**GRID, "w": w, "lo": np.float32(-0.54), "hi": np.float32(0.52)}
+    before, after = model(text, **constants), model(text, **constants)
+    assert changes(RedundantActivationsPass(), after)
+    assert kinds(after) == ["DequantizeLinear", "DequantizeLinear", "Conv", "QuantizeLinear", "Clip", "DequantizeLinear"]
+    assert optimized_kinds(after, tmp_path)["QLinearConv"] == 1
+    x = np.random.default_rng(1).integers(0, 256, (1, 2, 4, 4), dtype=U8)
+    codes = np.rint(run(after, x) / constants["t"]) + 93
+    assert (codes.min(), codes.max()) == ends
+    assert np.abs(codes - np.rint(run(before, x) / constants["t"]) - 93).max() <= 1  # the integer kernel's own rounding
+    assert not changes(RedundantActivationsPass(), model(text.replace("q = Q", "v = Neg(a) q = Q"), **constants))
+
+
 def test_activation_that_others_read_stays() -> None:
     text = "g(float[N] x) => (uint8[N] y, float[N] w) { a = Relu(x) y = QuantizeLinear(a, s, z) w = Neg(a) }"
     graph = model(text, s=np.float32(0.1), z=U8(0))
@@ -180,6 +197,27 @@ def test_dequantize_goes_behind_a_reshape(tmp_path) -> None:
     assert optimized_kinds(after, tmp_path)["QGemm"] == 1
     x = np.random.default_rng(1).integers(0, 256, (2, 4, 2, 2)).astype(U8)
     np.testing.assert_allclose(run(after, x), run(before, x), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("pad", "moves"),
+    [
+        ('Pad<mode="reflect">(d, p)', True),
+        ('Pad<mode="wrap">(d, p)', True),
+        ("Pad(d, p)", True),
+        ("Pad(d, p, zero)", True),
+        ("Pad(d, p, one)", False),  # 1.0 need not be on the grid
+    ],
+)
+def test_dequantize_goes_behind_a_pad_that_adds_what_is_on_the_grid(pad, moves) -> None:
+    text = f"g(uint8[1,1,4,4] x) => (float[1,1,6,6] y) {{ i = Identity(x) d = DequantizeLinear(i, s, z) e = {pad} y = Neg(e) }}"
+    constants = {**GRID, "p": np.array([0, 0, 1, 1, 0, 0, 1, 1]), "zero": np.float32(0), "one": np.float32(1)}
+    before, after = model(text, **constants), model(text, **constants)
+    assert changes(LateDequantizePass(), after) is moves
+    TidyPass()(after)
+    assert (kinds(after).index("Pad") < kinds(after).index("DequantizeLinear")) is moves
+    x = np.random.default_rng(0).integers(0, 256, (1, 1, 4, 4), dtype=U8)
+    np.testing.assert_array_equal(run(after, x), run(before, x))
 
 
 def test_dequantize_of_a_weight_stays_beside_it() -> None:

@@ -9,7 +9,7 @@ from torchopt.errors import StateError
 from torchopt.grid import set_grid
 from torchopt.quantize.activations import ActivationQuantizer, FixedQuantize
 from torchopt.quantize.front import LEFT
-from torchopt.quantize.fuse import activation_of
+from torchopt.quantize.fuse import activation_of, ends_of
 from torchopt.quantize.in_place import WEIGHTS_LATER, weights_later
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.recurrent import QuantizedRecurrent
@@ -91,15 +91,15 @@ def _bake_activations(model: fx.GraphModule) -> None:
 
 
 def _covered(model: fx.GraphModule, node: fx.Node, activation: nn.Module) -> bool:
-    """True where every reader of a ReLU-like value rounds it to a grid that starts at 0 and ends by the activation's end."""
-    top = {nn.ReLU: float("inf"), nn.ReLU6: 6.0}.get(type(activation), getattr(activation, "max_val", float("inf")))
+    """True where every reader of a ReLU-like value rounds it to a grid that saturates by the activation's ends."""
     readers = [model.get_submodule(str(u.target)) if u.op == "call_module" else None for u in node.users]
-    return bool(readers) and all(isinstance(r, ActivationQuantizer) and _ends_by(r, top) for r in readers)
+    return bool(readers) and all(isinstance(r, ActivationQuantizer) and _saturates(r, *ends_of(activation)) for r in readers)
 
 
-def _ends_by(quantizer: ActivationQuantizer, top: float) -> bool:
-    scale, zero_point = (float(v) for v in quantizer.calculate_qparams())
-    return zero_point == quantizer.quant_min and scale * (quantizer.quant_max - zero_point) <= top
+def _saturates(quantizer: ActivationQuantizer, low: float, high: float) -> bool:
+    """True where all from `high` up rounds to the largest integer, and all from `low` down to the smallest."""
+    grid = FixedQuantize.of(quantizer)
+    return grid.codes(low) == grid.qmin and grid.codes(high) == grid.qmax
 
 
 @torch.no_grad()

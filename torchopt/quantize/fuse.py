@@ -1,13 +1,14 @@
 """Fuse what one integer kernel computes: layer, batch norm, activation become one training module.
 
 1. conv or linear, then a batch norm that nothing else reads        → bn inside the layer
-2. either of them, then ReLU, ReLU6 or a Hardtanh from 0             → activation inside the layer
+2. either of them, then ReLU, ReLU6, Hardtanh, or a clamp around 0   → activation inside the layer
 3. a batch norm that follows no layer (DenseNet's, after Concat)     → a 1×1 depthwise convolution of ones with that bn inside
 4. Hardswish, SiLU                                                   → value times gate
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torchopt.surgery import set_module
 
 FUNCTIONS: dict[Any, type[nn.Module]] = {torch.relu: nn.ReLU, F.relu: nn.ReLU, F.relu6: nn.ReLU6, torch.relu_: nn.ReLU}
 METHODS = {"relu": nn.ReLU, "relu_": nn.ReLU}
+CLAMPS = {torch.clamp, torch.clip, torch.clamp_min, "clamp", "clip", "clamp_min"}  # of one number: the least
 
 
 def fuse(traced: fx.GraphModule, assignment: dict[str, Quantize], target: Target) -> list[str]:
@@ -54,18 +56,44 @@ def fuse(traced: fx.GraphModule, assignment: dict[str, Quantize], target: Target
 
 
 def activation_of(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    """Return a ReLU-like module that computes what `node` does, or None."""
+    """Return a ReLU-like module that computes what `node` does, or None: one that keeps what lies between two ends around 0."""
     if node.op == "call_module":
         module = traced.get_submodule(str(node.target))
         if isinstance(module, nn.ReLU6 | nn.ReLU):
             return type(module)()
-        if isinstance(module, nn.Hardtanh) and module.min_val == 0:
-            return nn.Hardtanh(0.0, module.max_val)
+        return _between(module.min_val, module.max_val) if isinstance(module, nn.Hardtanh) else None
     if node.op == "call_function" and node.target in FUNCTIONS:
         return FUNCTIONS[node.target]()
     if node.op == "call_method" and node.target in METHODS:
         return METHODS[str(node.target)]()
-    return None
+    if node.target is F.hardtanh:
+        return _between(*_ends(node, ("min_val", "max_val"), (-1.0, 1.0)))
+    return _between(*_ends(node, ("min", "max"), (None, None))) if node.target in CLAMPS else None
+
+
+def ends_of(activation: nn.Module) -> tuple[float, float]:
+    """Return what a ReLU-like module keeps: (0, 6) for ReLU6.
+
+    Example:
+        >>> ends_of(nn.ReLU()), ends_of(nn.Hardtanh())
+        ((0.0, inf), (-1.0, 1.0))
+    """
+    return float(getattr(activation, "min_val", 0.0)), float(getattr(activation, "max_val", math.inf))
+
+
+def _ends(node: fx.Node, names: tuple[str, str], default: tuple[Any, Any]) -> list[Any]:
+    given = [*node.args[1:], *default[len(node.args) - 1 :]]
+    return [node.kwargs.get(name, value) for name, value in zip(names, given, strict=True)]
+
+
+def _between(low: Any, high: Any) -> nn.Module | None:
+    """The module that clips to [low, high]; None where an end is no number, or the range does not hold 0."""
+    high = math.inf if high is None else high
+    if not (isinstance(low, int | float) and isinstance(high, int | float) and low <= 0 < high):
+        return None
+    if low == 0 and high in (6, math.inf):
+        return nn.ReLU6() if high == 6 else nn.ReLU()
+    return nn.Hardtanh(float(low), float(high))
 
 
 def _calls(traced: fx.GraphModule) -> dict[str, list[fx.Node]]:

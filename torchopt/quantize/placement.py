@@ -25,7 +25,7 @@ from torch import fx, nn
 from torchopt.quantize.activations import ActivationQuantizer
 from torchopt.quantize.config import Quantize
 from torchopt.quantize.front import ENTRANCE
-from torchopt.quantize.fuse import activation_of
+from torchopt.quantize.fuse import activation_of, ends_of
 from torchopt.quantize.layers import FusedLinear
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.targets import Target
@@ -39,8 +39,15 @@ SHARE_MODULES = (
     nn.Unflatten,
     nn.PixelShuffle,
     nn.ChannelShuffle,
-    nn.ZeroPad2d,
     nn.UpsamplingNearest2d,
+    nn.ZeroPad1d,
+    nn.ZeroPad2d,
+    nn.ZeroPad3d,
+    nn.ReflectionPad1d,
+    nn.ReflectionPad2d,
+    nn.ReplicationPad1d,
+    nn.ReplicationPad2d,
+    nn.CircularPad2d,
 )
 SHARE_FUNCTIONS = {
     torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.cat, torch.concat,
@@ -55,15 +62,14 @@ PASS_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identit
 PASS_FUNCTIONS = {F.dropout, F.dropout2d}
 UNIT = (nn.Sigmoid, nn.Hardsigmoid, torch.sigmoid, F.sigmoid, F.hardsigmoid, "sigmoid")
 CHANGE_MODULES = (
-    nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU,
-    nn.Sigmoid, nn.Hardsigmoid, nn.Hardswish, nn.SiLU,
+    nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.LeakyReLU, nn.Sigmoid, nn.Hardsigmoid, nn.Hardswish,
+    nn.SiLU,
 )  # fmt: skip
 CHANGE_FUNCTIONS = {
-    operator.add, operator.iadd, torch.add, operator.mul, operator.imul, torch.mul, torch.mean, torch.relu, F.relu, F.relu6,
-    F.hardswish, F.hardsigmoid, F.silu, torch.sigmoid, F.sigmoid, F.leaky_relu, F.avg_pool2d, F.adaptive_avg_pool2d,
-    F.adaptive_avg_pool1d,
+    operator.add, operator.iadd, torch.add, operator.mul, operator.imul, torch.mul, torch.mean, F.hardswish, F.hardsigmoid, F.silu,
+    torch.sigmoid, F.sigmoid, F.leaky_relu, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_avg_pool1d,
 }  # fmt: skip
-CHANGE_METHODS = {"add", "add_", "mul", "mul_", "mean", "relu", "relu_", "sigmoid"}
+CHANGE_METHODS = {"add", "add_", "mul", "mul_", "mean", "sigmoid"}
 
 
 def place(traced: fx.GraphModule, assignment: dict[str, Quantize], target: Target) -> None:
@@ -133,6 +139,8 @@ def _module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
 
 def _kind(traced: fx.GraphModule, node: fx.Node) -> str:
     """ "layer", "change", "share", "pass", or "" for what stays float."""
+    if activation_of(traced, node) is not None:
+        return "change"
     if node.op == "call_module":
         module = traced.get_submodule(str(node.target))
         if regularizes(module):
@@ -147,6 +155,8 @@ def _kind(traced: fx.GraphModule, node: fx.Node) -> str:
             return "pass"
         if node.target is F.interpolate and _mode(node) == "nearest":
             return "share"
+        if node.target is F.pad:
+            return "" if len(node.args) > 3 or node.kwargs.get("value") else "share"
         return "share" if node.target in SHARE_FUNCTIONS else "change" if node.target in CHANGE_FUNCTIONS else ""
     if node.op == "call_method":
         return "share" if node.target in SHARE_METHODS else "change" if node.target in CHANGE_METHODS else ""
@@ -166,7 +176,8 @@ def _signs(traced: fx.GraphModule, node: fx.Node, kinds: dict[fx.Node, str]) -> 
         if kinds.get(source) in ("share", "pass"):
             found |= _signs(traced, source, kinds)
         else:
-            found.add(activation_of(traced, source) is not None or (isinstance(module, Fused) and module.act is not None))
+            act = module.act if isinstance(module, Fused) else activation_of(traced, source)
+            found.add(act is not None and ends_of(act)[0] == 0)
     return found
 
 

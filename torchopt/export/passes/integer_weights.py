@@ -20,6 +20,7 @@ import onnx_ir as ir
 from torchopt.errors import ModelError
 from torchopt.export.passes.constants import constant
 from torchopt.export.passes.integer_transposed import can_be_integer
+from torchopt.export.passes.late_dequantize import pads_on_the_grid
 from torchopt.grid import Grid
 
 MOVES = {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Relu", "Clip"}
@@ -107,7 +108,7 @@ def _is_rounded(value: ir.Value) -> bool:
 def _is_integer(value: ir.Value | None) -> bool:
     """True for what a DequantizeLinear of 8-bit integers gives, moved or not."""
     node = value.producer() if value is not None else None
-    while node is not None and node.op_type in MOVES:
+    while node is not None and (node.op_type in MOVES or (node.op_type == "Pad" and pads_on_the_grid(node))):
         node = node.inputs[0].producer() if node.inputs[0] is not None else None
     if node is None or node.op_type != "DequantizeLinear" or node.inputs[0] is None:
         return False

@@ -28,6 +28,7 @@ from torchopt.errors import DataError, ModelError
 from torchopt.quantize.activations import ActivationQuantizer
 from torchopt.quantize.corrections.walk import holds_table, ordered, rounding
 from torchopt.quantize.folding import folded_once
+from torchopt.quantize.fuse import ends_of
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.pieces import Call
 from torchopt.quantize.weight_grid import lsq_start
@@ -139,7 +140,7 @@ def factors(group: Group) -> torch.Tensor:
     s = s / (a * s).max()
     top = min((_top(maker) for maker in group.makers), default=math.inf)
     if top < math.inf:
-        s = torch.minimum(s.clamp(min=1), top / group.peak.clamp(min=1e-30))
+        s = torch.minimum(s, top / group.peak.clamp(min=1e-30)).clamp(min=1)
     return torch.where((a > 0) & (columns > 0), s, 1.0)
 
 
@@ -186,8 +187,11 @@ def _takes_part(layer: Fused) -> bool:
 
 
 def _top(layer: Fused) -> float:
-    """Where the activation of a layer stops being homogeneous."""
-    return float(getattr(layer.act, "max_val", math.inf))
+    """Up to where the activation of a layer is homogeneous."""
+    if layer.act is None:
+        return math.inf
+    low, high = ends_of(layer.act)
+    return min(-low, high) if low else high
 
 
 def _keeps(model: fx.GraphModule, node: fx.Node) -> bool:
