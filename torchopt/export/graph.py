@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from torchopt.errors import DataError, ModelError
+from torchopt.export.traced_grids import trace_grids, translations, type_codes
 
 BATCH = "batch"
 BRANCHES = "its code asks for a value that only data gives: decide it beforehand (torch's decoder layers: tgt_is_causal=True)"
@@ -43,6 +44,8 @@ def to_onnx(model: nn.Module, example_inputs: tuple[Any, ...], *, opset: int, dy
     """
     _check(model, example_inputs)
     module = copy.deepcopy(model).cpu().eval().requires_grad_(False).float()
+    trace_grids(module)
+    version = max(opset, 18)
     inputs = tuple(_batch_of_two(x) if dynamic_batch else x for x in map(_plain, example_inputs))
     shapes = tuple({0: torch.export.Dim(BATCH)} if _has_batch(x) else None for x in inputs) if dynamic_batch else None
     try:
@@ -52,7 +55,8 @@ def to_onnx(model: nn.Module, example_inputs: tuple[Any, ...], *, opset: int, dy
                 inputs,
                 dynamo=True,
                 optimize=False,
-                opset_version=max(opset, 18),
+                opset_version=version,
+                custom_translation_table=translations(version),
                 input_names=_input_names(module, len(inputs)),
                 dynamic_shapes=_nested(module, shapes),
                 verbose=False,
@@ -63,6 +67,7 @@ def to_onnx(model: nn.Module, example_inputs: tuple[Any, ...], *, opset: int, dy
         raise ModelError(f"export: {type(model).__name__} cannot be exported to ONNX: the exporter returned nothing")
     if dynamic_batch:
         _check_batch(type(model).__name__, program.model.graph)
+    type_codes(program.model.graph)
     _name_outputs(program.model.graph)
     return program.model
 
