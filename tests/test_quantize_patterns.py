@@ -355,3 +355,13 @@ def test_operators_of_the_optimized_graph(name, tmp_path):
     step = max(float(m.scale) for m in final.modules() if isinstance(m, FixedQuantize))
     assert np.abs(theirs - ours).max() <= 1.01 * step
     assert 10 * np.log10(np.square(floats).sum() / np.square(floats - ours).sum()) > 30  # dB
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_Q12_without_rounding_every_rewritten_graph_is_the_float_network(name):
+    shape, make, _ = PATTERNS[name]
+    torch.manual_seed(0)
+    net, x = with_statistics(make()), torch.randn(shape)
+    ready = torchopt.prepare(net, [Rule("*", quantize=Quantize(milestones=[100, 100, 100]))], (x[:1],)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ready(x), net(x), rtol=1e-4, atol=1e-5)

@@ -214,7 +214,9 @@ def test_every_observer_calibrates(observer):
 
 
 def test_an_uncalibrated_model_is_refused():
-    with pytest.raises(torchopt.StateError, match=r"finalize: quantizer_0 has not seen any data.*torchopt\.calibrate"):
+    with pytest.raises(
+        torchopt.StateError, match=r"finalize: the input 'input' \(quantizer_0\) has not seen.*torchopt\.calibrate"
+    ):
         torchopt.finalize(prepare())
 
 

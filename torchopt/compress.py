@@ -65,6 +65,7 @@ def prepare(
         0.5
     """
     refuse_model(model)
+    rules = [rules] if isinstance(rules, Rule) else rules
     found = left_behind(weights(model) + custom_weights(model)) if preserve else {}
 
     def quantized(trial: Sequence[Rule]) -> nn.Module:

@@ -22,8 +22,10 @@ def refuse_model(model: nn.Module) -> None:
 
     Raises:
         StateError: it is prepared or quantized already.
-        ModelError: it is wrapped, or a weight is not finite.
+        ModelError: it is no module, it is wrapped, or a weight is not finite.
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"prepare: got {model!r:.40} as the model; a torch.nn.Module is needed")
     if find_state(model) is not None:
         raise StateError("prepare: the model is prepared already; call torchopt.finalize(model) first, then prepare its result")
     wrapper = type(model).__name__

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from torchopt.errors import StateError
 from torchopt.grid import set_grid
 from torchopt.quantize.activations import ActivationQuantizer, FixedQuantize
+from torchopt.quantize.dropout import Regularizer
 from torchopt.quantize.front import LEFT
 from torchopt.quantize.fuse import activation_of, ends_of
 from torchopt.quantize.in_place import WEIGHTS_LATER, weights_later
 from torchopt.quantize.modules import Fused
+from torchopt.quantize.naming import name_of_value
 from torchopt.quantize.recurrent import QuantizedRecurrent
 from torchopt.quantize.weight_grid import along, settle, weight_scale
 from torchopt.surgery import set_module
@@ -69,7 +72,7 @@ def _check_calibrated(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, ActivationQuantizer) and not module.calibrated:
             raise StateError(
-                f"finalize: {name} has not seen any data, so no range is known; train the prepared model, or call "
+                f"finalize: {name_of_value(model, name)} has not seen any data, so no range is known; train the prepared model, or call "
                 "torchopt.calibrate(model, batches) first"
             )
 
@@ -80,12 +83,14 @@ def _bake_activations(model: fx.GraphModule) -> None:
         module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, Fused) and module.act is not None:
             if not _covered(model, node, module.act):
-                name = f"{node.target}_act".replace(".", "_")
-                model.add_module(name, module.act)
-                with model.graph.inserting_after(node):
-                    applied = model.graph.call_module(name, (node,))
+                with model.graph.inserting_after(node):  # functions: the network that a file is loaded into has no such module
+                    ends = ends_of(module.act)
+                    function = (torch.relu, (node,)) if ends == (0.0, float("inf")) else (F.hardtanh, (node, *ends))
+                    applied = model.graph.call_function(*function)
                 node.replace_all_uses_with(applied, delete_user_cb=lambda user, applied=applied: user is not applied)
-        elif (activation := activation_of(model, node)) is not None and _covered(model, node, activation):
+        elif isinstance(module, Regularizer) or (
+            (activation := activation_of(model, node)) is not None and _covered(model, node, activation)
+        ):
             node.replace_all_uses_with(node.args[0])
             model.graph.erase_node(node)
 

@@ -17,8 +17,9 @@ from torchopt.progress import track
 from torchopt.quantize.activations import ActivationQuantizer
 from torchopt.quantize.corrections import ahead, correct, undisturbed
 from torchopt.quantize.folding import folded_once
+from torchopt.quantize.naming import name_of_value
 from torchopt.quantize.output_error import choose_ranges
-from torchopt.quantize.pieces import Call, in_pieces
+from torchopt.quantize.pieces import Call, in_pieces, samples_of
 
 
 @torch.no_grad()
@@ -61,12 +62,27 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], *, progress: bool = Tr
         calls, samples = ahead(model, in_pieces(model, _calls(model, batches)))
         if _observe(model, list(quantizers.values()), track(calls, "calibrate", enabled=progress)) == 0:
             raise DataError("calibrate: the loader gave no batch; give at least one")
-        for quantizer in quantizers.values():
-            quantizer.set_range(*quantizer.observer.range())
+        for name, quantizer in quantizers.items():
+            _set_range(model, name, quantizer)
         choose_ranges(model, samples)
         correct(model, samples, progress=progress)
     finally:
         model.train(training)
+
+
+def _set_range(model: nn.Module, name: str, quantizer: ActivationQuantizer) -> None:
+    """Choose the range.
+
+    Raises:
+        DataError: what was seen is not finite.
+    """
+    low, high = quantizer.observer.range()
+    if not bool(torch.isfinite(torch.stack([low, high])).all()):
+        raise DataError(
+            f"calibrate: {name_of_value(model, name)} is NaN or infinite on this data, so it has no range; clean the data, or leave the "
+            "layers around it out of the rules"
+        )
+    quantizer.set_range(low, high)
 
 
 def _observe(model: nn.Module, quantizers: Sequence[ActivationQuantizer], calls: Iterable[Sequence[Call]]) -> int:
@@ -99,6 +115,8 @@ def _calls(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Call]:
         given = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.is_floating_point())
         if not all(_is_finite(x) or _is_mask(x) for x in given):
             raise DataError(f"calibrate: batch {count} holds NaN or infinity; clean the data")
+        if samples_of((args, kwargs)) == 0:
+            raise DataError(f"calibrate: batch {count} holds no sample; leave empty batches out")
         yield args, kwargs
 
 

@@ -70,7 +70,9 @@ class Quantize:
         _check(
             "weight_bits", self.weight_bits, _is_int(self.weight_bits) and 2 <= self.weight_bits <= 8, "an integer from 2 to 8"
         )
-        _check("activation_bits", self.activation_bits, self.activation_bits in (8, 16), "8 or 16")
+        _check(
+            "activation_bits", self.activation_bits, _is_int(self.activation_bits) and self.activation_bits in (8, 16), "8 or 16"
+        )
         for name in ("per_channel", "equalize", "bias_correction", "learn_scale"):
             _check(name, getattr(self, name), isinstance(getattr(self, name), bool), "true or false")
         _check("fallback", self.fallback, self.fallback in (None, "auto"), "'auto' or None")

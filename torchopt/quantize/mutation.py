@@ -8,6 +8,7 @@ every tensor. Each change becomes the operation that returns a new tensor, so th
 2. y += z, y.add_(z)                                    the same; y + z
 3. y[0] = z                                             stays: it returns nothing
 4. a change of a view, and the tensor itself read later refused: the graph has no name for what is left of it
+5. y.view(…)                                            y.reshape(…), which takes any layout of memory
 """
 
 from __future__ import annotations
@@ -115,3 +116,10 @@ def _where(node: fx.Node) -> str:
     frames = re.findall(r'File "(.+)", line (\d+), in .+\n\s+(.+)', node.stack_trace or "")
     own = [f"{file}, line {line}: {code}" for file, line, code in frames if not file.startswith(LIBRARIES)]
     return own[-1] if own else "its forward"
+
+
+def take_any_layout(graph: fx.Graph) -> None:
+    """Ask for `reshape` where the code asks for `view`: the same numbers, and images may be channels last."""
+    for node in graph.find_nodes(op="call_method", target="view"):
+        if not any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values())):
+            node.target = "reshape"

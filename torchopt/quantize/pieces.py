@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from torchopt.errors import DataError
+
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 PIECE = 4  # samples a call
@@ -103,7 +105,8 @@ def _independent(model: nn.Module, call: Call) -> bool:
     try:
         together, apart = (tree_leaves(model(*args, **kwargs)) for args, kwargs in map(images_last, (both, alone)))
     except (RuntimeError, TypeError, ValueError, IndexError):
-        return False  # a fixed batch size, say, or `view` on what is not contiguous
+        _try(model, call)
+        return False  # a fixed batch size, say
     pairs = [(a, b) for a, b in zip(together, apart, strict=True) if isinstance(a, torch.Tensor)]
     return all(a.dim() > 0 and b.dim() > 0 and len(b) == 1 and _same(a[-1:], b) for a, b in pairs)
 
@@ -112,3 +115,20 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.shape != other.shape:
         return False
     return bool((one - other).abs().max() <= SAME * one.abs().max()) if one.is_floating_point() else torch.equal(one, other)
+
+
+def _try(model: nn.Module, call: Call) -> None:
+    """Run a whole call.
+
+    Raises:
+        DataError: the model does not take it.
+    """
+    args, kwargs = call
+    try:
+        model(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        shapes = ", ".join(str(list(x.shape)) for x in _tensors(call))
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(
+            f"calibrate: the model does not take batch 0, of shape {shapes}: {reason}; give it what forward takes"
+        ) from error

@@ -6,7 +6,8 @@ the sizes that it is given. A submodule whose forward depends on data (`if x.sum
 get what needs no graph; if it is the model's own forward that cannot be followed, the error names the line.
 
 Functions that a library marks as leaves (`torch.fx.wrap`, as torchvision does around window attention) are followed where they can be.
-Modules that only regularize in training (stochastic depth) stay modules, so that evaluation turns them off.
+Networks are traced in evaluation mode, which is what is deployed. Modules that only regularize in training (stochastic depth) stay
+modules, so that training turns them on; so do dropout functions (`dropout.py`).
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from torch.fx.proxy import Attribute
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchopt.errors import ModelError
+from torchopt.quantize.dropout import as_modules, evaluating
 from torchopt.quantize.layers import layer_class
-from torchopt.quantize.mutation import CHANGED, LIBRARIES, versions, write_as_values
+from torchopt.quantize.mutation import CHANGED, LIBRARIES, take_any_layout, versions, write_as_values
 
 EXAMPLE = "example"  # in the meta of a node: its value on the example inputs, without data
 OPEN = (nn.Transformer, nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoder, nn.TransformerDecoderLayer)
@@ -187,7 +189,7 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...] = ()) -> tuple[Quant
     """
     leaves: list[str] = []
     fixed = _left_out(model, example_inputs)
-    with _slow_attention():
+    with _slow_attention(), evaluating(model):
         while True:
             tracer = Tracer(leaves, example_inputs)
             try:
@@ -198,7 +200,8 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...] = ()) -> tuple[Quant
                 else:
                     raise ModelError(_untraceable(model, error)) from error
             else:
-                return _traced(model, graph), leaves
+                break
+    return _traced(model, graph), leaves
 
 
 def _traced(model: nn.Module, graph: fx.Graph) -> QuantizableGraph:
@@ -206,9 +209,10 @@ def _traced(model: nn.Module, graph: fx.Graph) -> QuantizableGraph:
         if not _only_marked(node.target):  # torch.fx took it for the function that was followed to it
             node.meta.pop("is_wrapped", None)
     _call_linear_layers(model, graph)
-    _take_any_layout(graph)
+    take_any_layout(graph)
     write_as_values(model, graph, example)
     traced = QuantizableGraph(model, graph, type(model).__name__)
+    as_modules(traced)
     traced.train(model.training)
     return traced
 
@@ -228,13 +232,6 @@ def _call_linear_layers(model: nn.Module, graph: fx.Graph) -> None:
             call = graph.call_module(path, (x,))
         node.replace_all_uses_with(call)
         graph.erase_node(node)
-
-
-def _take_any_layout(graph: fx.Graph) -> None:
-    """Ask for `reshape` where the code asks for `view`: the same numbers, and images may be channels last."""
-    for node in graph.find_nodes(op="call_method", target="view"):
-        if not any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values())):
-            node.target = "reshape"
 
 
 def _left_out(model: nn.Module, example_inputs: tuple[Any, ...]) -> dict[str, Any]:

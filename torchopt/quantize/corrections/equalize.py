@@ -77,8 +77,12 @@ def equalize(model: nn.Module, calls: Sequence[Call]) -> int:
     with rounding(model, enabled=False), folded_once(model.modules()):
         for args in ordered(model, calls):
             peaks.run(*args)
-    if not all(bool(torch.isfinite(peak).all()) for peak in peaks.found.values()):
-        raise DataError("equalize: an activation is NaN or infinite; clean the data")
+    for node, peak in peaks.found.items():
+        if not bool(torch.isfinite(peak).all()):
+            what = f"the output of {node.target}" if node.op == "call_module" else f"the result of {node.name}"
+            raise DataError(
+                f"calibrate: {what} is NaN or infinite on this data; clean it, or leave the layers around it out of the rules"
+            )
     done = 0
     for group in groups(model, peaks.found):
         if not group.fixed and group.makers and group.readers and group.peak is not None:
