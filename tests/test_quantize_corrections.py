@@ -252,6 +252,26 @@ def test_the_correction_is_the_mean_of_the_difference():
         torch.testing.assert_close(model.get_submodule("0").shift, (net(x) - plain(x)).mean(0), rtol=1e-5, atol=1e-6)
 
 
+def test_what_a_range_clips_where_nothing_reads_it_moves_no_mean():
+    """One place in 64 holds −200, which switches every ReLU behind it off, so that the range ends at −5: the plain mean moved all by −3."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 16, 1), nn.ReLU(), nn.Conv2d(16, 4, 1)).eval()
+    nn.init.dirac_(net[0].weight)
+    net[1].weight.data[:, 0] = net[1].weight.data[:, 0].abs() + 2
+    x = torch.randn(64, 8, 8, 8)
+    x[:, 0, 0, 0] = -200.0
+    plain, corrected = (calibrated(net, x, rounding="least_squares", **auto(wanted)) for wanted in (False, True))
+    assert float(corrected.get_submodule("quantizer_0").min_val) > -10
+    assert float(corrected.get_submodule("0").shift.abs().max()) < 0.05
+    assert error(corrected, net, x) < 1.02 * error(plain, net, x)
+    plain, corrected = (calibrated(net, x, rounding="nearest", weight_bits=4, **auto(wanted)) for wanted in (False, True))
+    assert error(corrected, net, x) < 0.95 * error(plain, net, x)
+
+
+def auto(bias_correction):
+    return {"observer": "auto", "equalize": True, "bias_correction": bias_correction}
+
+
 def test_training_and_evaluation_apply_the_same_shift():
     model = calibrated(small_net(), weight_bits=4, bias_correction=True)
     for layer in fused(model):

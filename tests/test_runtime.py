@@ -69,6 +69,25 @@ def test_verify_names_the_weight_that_differs(files):
     assert "body.weight DIFFERS" in str(verdict)
 
 
+class Masked(nn.Module):
+    """A second input that has a default, as Hugging Face encoders' attention_mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x, mask=None):
+        return self.fc(x if mask is None else x * mask)
+
+
+def test_verify_names_the_input_that_a_batch_lacks(tmp_path):
+    net, x, mask = Masked().eval(), torch.randn(3, 4), torch.ones(3, 4)
+    torchopt.export(net, (x[:1], mask[:1]), tmp_path / "m.onnx", pack=False)
+    with pytest.raises(torchopt.DataError, match="exported with mask, which a batch does not give; give each batch as a dict"):
+        torchopt.verify(net, tmp_path / "m.onnx", [(x, mask)], progress=False)
+    assert torchopt.verify(net, tmp_path / "m.onnx", [{"x": x, "mask": mask}], progress=False).max_relative < 1e-6
+
+
 def test_verify_without_data(files):
     with pytest.raises(torchopt.DataError, match="verify: the loader gave no batch"):
         torchopt.verify(files[1], files[0] / "float.onnx", [], progress=False)

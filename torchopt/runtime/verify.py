@@ -92,7 +92,7 @@ def verify(
         tolerance: of a layer, as a share of its largest output; by default 0.001, or 2/255 where the model is quantized.
 
     Raises:
-        DataError: no batch, or NaN in the outputs.
+        DataError: no batch, one that lacks an input of the file, or NaN in the outputs.
         FileError: the file is missing, damaged, or refused.
     """
     compared, different = compare_weights(model, path)
@@ -160,6 +160,12 @@ def _outputs(model: nn.Module, opened: onnxruntime.InferenceSession, batch: Batc
     ours = model(*args, **kwargs)
     types = {spec.name: spec.type for spec in opened.get_inputs()}
     feed = dict(zip(types, args, strict=False)) | {k: v for k, v in kwargs.items() if k in types}
+    missing = [name for name in types if name not in feed]
+    if missing:  # arguments with a default, which a tuple leaves to the labels
+        raise DataError(
+            f"verify: the file was exported with {', '.join(missing)}, which a batch does not give; give each batch as a dict of the "
+            "arguments that it was exported with"
+        )
     theirs = opened.run(None, {k: _fed(v, types[k]) for k, v in feed.items()})[0]
     first = ours if isinstance(ours, torch.Tensor) else next(iter(ours.values() if isinstance(ours, dict) else ours))
     return first.detach().cpu().float().numpy(), np.asarray(theirs, dtype=np.float32)
