@@ -113,6 +113,37 @@ def test_a_layer_whose_weight_a_marked_function_reads_is_quantized():
     assert sorted(torchopt.grid.grids(final)) == ["head.weight", "layer.weight"]
 
 
+class Windows(nn.Module):
+    """A marked function writes into the list that it is given, as torchvision's swin3d does with its window."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        window = clipped([7, 8], [x.shape[1], x.shape[2]])
+        return self.head(self.layer(x).reshape(-1, window[0], window[1]).mean(1))
+
+
+def clipped(window: list[int], size: list[int]) -> list[int]:
+    for i in range(2):
+        if size[i] <= window[i]:
+            window[i] = size[i]
+    return window
+
+
+fx.wrap("clipped")
+
+
+def test_a_marked_function_may_write_into_a_list(tmp_path):
+    model, x = Windows().eval(), torch.randn(4, 3, 8)
+    final = torchopt.one_shot(model, STATIC, [x], example_inputs=(x[:1],), progress=False)  # walks, with the default corrections
+    torch.testing.assert_close(final(x), model(x), rtol=0.1, atol=0.05)
+    torchopt.export(final, (x[:1],), tmp_path / "m.onnx", pack=False)
+    assert torchopt.verify(final, tmp_path / "m.onnx", [x], progress=False).max_relative < 1e-5
+    assert torchopt.inspect(tmp_path / "m.onnx").float == []
+
+
 class Optional(nn.Module):
     """An argument that is a mask or None."""
 

@@ -109,7 +109,12 @@ class Tracer(QuantizationTracer):
                 result = None
             if isinstance(result, fx.Proxy):
                 return result
+            args = self._lists(args)
         return super().create_proxy(kind, target, args, kwargs, *rest, **options)
+
+    def _lists(self, args: Any) -> Any:
+        """Make lists anew in each call: a library's function may write into them, and a graph's constants are not to be changed."""
+        return tuple(self.create_proxy("call_function", list, (tuple(a),), {}) if isinstance(a, list) else a for a in args)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Note the node's example."""

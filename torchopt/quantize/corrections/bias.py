@@ -37,7 +37,7 @@ def correct_bias(visit: Visit) -> None:
 
 @torch.no_grad()
 def mean_shift(visit: Visit) -> torch.Tensor:
-    """Return what to add to each output channel before the activation f so that E[f(y)] is kept, but for rare large errors: float32, (channels,)."""
+    """Return what to add to each output channel before the activation f so that Huber's E[f(y)] is kept: float32, (channels,)."""
     layer = visit.layer
     act, layer.act = layer.act, None
     with folded_once([layer]):
