@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchopt.quantize.observers.histogram import BINS, StreamingHistogram
+from torchopt.quantize.observers.histogram import BINS, PIECE, StreamingHistogram
 from torchopt.quantize.observers.ranges import entropy_range, minmax_range, mse_range, percentile_range, quantized
 
 
@@ -21,6 +21,19 @@ def test_counts_equal_numpy():
     width, first = 2.0 ** int(histogram.exponent), int(histogram.first)
     edges = (np.arange(BINS + 1) + first) * width
     np.testing.assert_allclose(histogram.counts.numpy(), np.histogram(x.numpy(), edges)[0], atol=1)  # float32 edges
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+def test_pieces_of_a_large_tensor_are_one_tensor(weighed):
+    x = torch.linspace(-3, 5, 2 * PIECE + 7)
+    weights = torch.full_like(x, 0.5) if weighed else None
+    whole, parts = StreamingHistogram(), StreamingHistogram()
+    whole.observe(x, weights)
+    parts.observe(x[[0, -1]], None if weights is None else weights[[0, -1]])  # the ends, so that all bins are there
+    for piece in x[1:-1].split(1000):
+        parts.observe(piece, None if weights is None else weights[: len(piece)])
+    assert torch.equal(whole.counts, parts.counts)
+    assert float(whole.counts.sum()) == len(x) * (0.5 if weighed else 1.0)
 
 
 def test_order_of_batches_does_not_matter():
