@@ -81,7 +81,7 @@ def blocks(draw: st.DrawFn) -> nn.Module:
 @st.composite
 def networks(draw: st.DrawFn) -> nn.Module:
     """Stem, some blocks, pooling, a linear head; weights and batch-norm statistics from a drawn seed."""
-    body = draw(st.lists(blocks(), min_size=1, max_size=4))
+    body = draw(st.lists(blocks(), min_size=2, max_size=5))
     torch.manual_seed(draw(st.integers(0, 1000)))
     pool = nn.AdaptiveAvgPool2d(1) if draw(st.booleans()) else nn.AdaptiveAvgPool2d(2)
     head = nn.Linear(CHANNELS * (1 if pool.output_size == 1 else 4), 10)
@@ -123,3 +123,34 @@ def test_fifteen_networks_agree_and_run_as_integers(model, bits):
 @given(networks(), st.sampled_from([2, 4, 8]), st.sampled_from(["ort-x86", "ort-x86-avx2"]))
 def test_two_hundred_networks_agree_and_run_as_integers(model, bits, target):
     check(model, bits, target)
+
+
+INGREDIENTS = {
+    "stride", "1×1", "3×3", "5×5", "dilated", "grouped", "depthwise", "no bias", "BatchNorm2d", "Residual", "Both", "Squeeze", "MaxPool2d",
+    "AvgPool2d", "AdaptiveAvgPool2d", "Linear", *(act.__name__ for act in ACTIVATIONS),
+}  # fmt: skip
+
+
+def ingredients(model: nn.Module) -> set[str]:
+    found = {type(module).__name__ for module in model.modules()}
+    for conv in (module for module in model.modules() if isinstance(module, nn.Conv2d)):
+        found.add(f"{conv.kernel_size[0]}×{conv.kernel_size[0]}")
+        named = {"stride": conv.stride[0] > 1, "dilated": conv.dilation[0] > 1, "no bias": conv.bias is None}
+        named |= {"depthwise": conv.groups == CHANNELS, "grouped": 1 < conv.groups < CHANNELS}
+        found |= {name for name, there in named.items() if there}
+    return found
+
+
+def test_the_family_holds_what_it_should():
+    """Of 200 networks as the slow tier draws them, each ingredient is in 20 at least; of 15, as the fast one does, in one."""
+    drawn: list[set[str]] = []
+
+    @settings(max_examples=200, **PROFILE)
+    @given(networks())
+    def draw(model):
+        drawn.append(ingredients(model))
+
+    draw()
+    for count, least in ((200, 20), (15, 1)):
+        times = {name: sum(name in net for net in drawn[:count]) for name in INGREDIENTS}
+        assert not {name: n for name, n in times.items() if n < least}
