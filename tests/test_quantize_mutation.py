@@ -117,14 +117,31 @@ def test_ranges_are_those_of_the_values_before_a_change():
     assert float(quantizers[1].min_val) < 0.5 * least
 
 
-def of_a_view(net, x):
+def of_a_part(net, x):
     y = net.a(x)
     y[:, 0].relu_()
     return net.b(y)
 
 
-def test_a_change_of_a_part_is_refused_with_the_line_and_the_remedy():
-    with pytest.raises(torchopt.ModelError, match=r"relu_ changes a part .*y\[:, 0\]\.relu_\(\)\); make a new tensor"):
+def test_a_change_of_a_part_is_written_back():
+    net = Net(of_a_part).eval()
+    ready = torchopt.calibrate(torchopt.prepare(net, [Rule("*", quantize=Quantize())], (X[:1],)), [X], progress=False)
+    final = torchopt.finalize(ready)
+    with torch.no_grad():
+        expected = net(X)
+        unchanged = net.b(net.a(X))
+        assert float((final(X) - expected).square().mean()) < 1e-4 * float(expected.abs().max()) ** 2
+        assert float((unchanged - expected).abs().max()) > 0.1 * float(expected.abs().max())
+
+
+def of_a_view(net, x):
+    y = net.a(x)
+    y.transpose(0, 1)[0].relu_()
+    return net.b(y)
+
+
+def test_a_change_of_a_view_is_refused_with_the_line_and_the_remedy():
+    with pytest.raises(torchopt.ModelError, match=r"relu_ changes a part .*\[0\]\.relu_\(\)\); make a new tensor"):
         torchopt.prepare(Net(of_a_view), [Rule("*", quantize=Quantize())], (X[:1],))
 
 

@@ -113,6 +113,36 @@ def test_a_layer_whose_weight_a_marked_function_reads_is_quantized():
     assert sorted(torchopt.grid.grids(final)) == ["head.weight", "layer.weight"]
 
 
+class Silenced(nn.Module):
+    """swin_v2's attention: the layer's bias, of which the part for the keys is set to zero in each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = self.qkv.bias.clone()
+        bias[16:32].zero_()
+        q, k, v = F.linear(x, self.qkv.weight, bias).chunk(3, -1)
+        return self.out((q @ k.transpose(-1, -2)).softmax(-1) @ v)
+
+
+def test_a_linear_layer_read_with_another_bias_is_an_integer_layer(tmp_path):
+    torch.manual_seed(0)
+    model, x = Silenced().eval(), torch.randn(8, 4, 16)
+    graph, _ = trace(model, (x,))
+    torch.testing.assert_close(graph(x), model(x), rtol=1e-5, atol=1e-6)
+    ready = torchopt.calibrate(torchopt.prepare(model, STATIC, (x,)), [x], progress=False)
+    final = torchopt.finalize(ready)
+    torchopt.export(final, (x[:1],), tmp_path / "m.onnx", pack=False)
+    assert torchopt.inspect(tmp_path / "m.onnx").integer == ["qkv.weight", "out.weight"]
+    assert torchopt.verify(final, tmp_path / "m.onnx", [x], progress=False).max_relative < 1e-5
+    torch.testing.assert_close(final(x), model(x), rtol=0, atol=0.05 * float(model(x).abs().max()))
+    ready.train()(x).square().sum().backward()
+    gradient = ready.get_submodule("qkv").bias.grad
+    assert float(gradient[16:32].abs().max()) < 1e-6 < float(gradient[:16].abs().max())
+
+
 class Windows(nn.Module):
     """A marked function writes into the list that it is given, as torchvision's swin3d does with its window."""
 

@@ -7,8 +7,9 @@ every tensor. Each change becomes the operation that returns a new tensor, so th
 1. y.relu_(), F.relu_(y), nn.ReLU(inplace=True)(y)      later readers of y read its result; relu, nn.ReLU(inplace=False)
 2. y += z, y.add_(z)                                    the same; y + z
 3. y[0] = z                                             stays: it returns nothing
-4. a change of a view, and the tensor itself read later refused: the graph has no name for what is left of it
-5. y.view(…)                                            y.reshape(…), which takes any layout of memory
+4. y[2:4].zero_(), and y itself read later              the part is written back: y[2:4] = y[2:4].zero_()
+5. a change of another view, and the tensor read later  refused: the graph has no name for what is left of it
+6. y.view(…)                                            y.reshape(…), which takes any layout of memory
 """
 
 from __future__ import annotations
@@ -62,6 +63,9 @@ def write_as_values(model: nn.Module, graph: fx.Graph, value: Any) -> None:
                 if value(other) is value(changed) is value(node):
                     for user in later:
                         user.replace_input_with(other, node)
+                elif later and _is_part(changed, other):
+                    with graph.inserting_after(node):
+                        graph.call_function(operator.setitem, (other, changed.args[1], node))
                 elif later and value(other) is not value(changed) and not _are_siblings(other, changed):
                     raise ModelError(_refusal(node))
         _return_anew(model, node)
@@ -70,6 +74,11 @@ def write_as_values(model: nn.Module, graph: fx.Graph, value: Any) -> None:
 def _memory(value: Any) -> int | None:
     """What tells the memory of an example; None where it is no tensor."""
     return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+
+
+def _is_part(view: fx.Node, whole: fx.Node) -> bool:
+    """True for y[…] of y."""
+    return view.target is operator.getitem and view.args[0] is whole
 
 
 def _are_siblings(one: fx.Node, other: fx.Node) -> bool:

@@ -223,18 +223,24 @@ def _traced(model: nn.Module, graph: fx.Graph) -> QuantizableGraph:
 
 
 def _call_linear_layers(model: nn.Module, graph: fx.Graph) -> None:
-    """Write `F.linear(x, layer.weight, layer.bias)` as a call of that layer (window attention reads its layers so)."""
+    """Write `F.linear(x, layer.weight, bias)` as a call of that layer (window attention reads its layers so).
+
+    Another bias than the layer's own is added as their difference: swin_v2 silences a part of its layer's.
+    """
     for node in graph.find_nodes(op="call_function", target=F.linear):
-        x, weight, bias = (*node.args, node.kwargs.get("bias"))[:3]
+        x, weight, bias = (*node.args, *(node.kwargs[k] for k in ("weight", "bias") if k in node.kwargs), None)[:3]
         if not isinstance(weight, fx.Node) or weight.op != "get_attr":
             continue
         path, _, name = str(weight.target).rpartition(".")
         layer = model.get_submodule(path)
-        own = bias is None if layer.bias is None else isinstance(bias, fx.Node) and bias.target == f"{path}.bias"
-        if name != "weight" or type(layer) is not nn.Linear or not own:
+        if name != "weight" or type(layer) is not nn.Linear or (bias is None and layer.bias is not None):
             continue
+        own = bias is None or (isinstance(bias, fx.Node) and bias.target == f"{path}.bias")
         with graph.inserting_before(node):
             call = graph.call_module(path, (x,))
+            if not own:
+                apart = bias if layer.bias is None else graph.call_function(torch.sub, (bias, graph.get_attr(f"{path}.bias")))
+                call = graph.call_function(torch.add, (call, apart))
         node.replace_all_uses_with(call)
         graph.erase_node(node)
 
@@ -298,6 +304,6 @@ def _untraceable(model: nn.Module, error: Exception) -> str:
     where = f"{frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line}" if frames else "its forward"
     return (
         f"quantize: the forward of {type(model).__name__} depends on data and cannot be traced ({where}): "
-        f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; move that part into a submodule, "
+        f"{str(error).splitlines()[0].split('. ')[0] if str(error) else type(error).__name__}; move that part into a submodule, "
         "or use Quantize(mode='dynamic') or Quantize(mode='weight_only')"
     )
