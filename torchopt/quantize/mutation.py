@@ -58,8 +58,8 @@ def write_as_values(model: nn.Module, graph: fx.Graph, value: Any) -> None:
     memory = {node: _memory(value(node)) for node in graph.nodes}
     for node in list(graph.nodes):
         for changed in node.meta.pop(CHANGED, ()):
-            for other in [n for n in graph.nodes if memory[n] == memory[changed] and place[n] < place[node]]:
-                later = [user for user in other.users if place[user] > place[node]]
+            for other in [n for n in place if memory[n] == memory[changed] and place[n] < place[node]]:
+                later = [user for user in other.users if place.get(user, -1) > place[node]]  # not what was written back
                 if value(other) is value(changed) is value(node):
                     for user in later:
                         user.replace_input_with(other, node)
