@@ -26,7 +26,7 @@ from torchopt.errors import ConfigError, FileError, StateError, TorchoptError
 from torchopt.files import atomic_path
 from torchopt.grid import SUFFIX, grids, set_grid
 from torchopt.prune.plan import apply_plan, plan_of
-from torchopt.quantize import DynamicLinear, FixedQuantize, Rounded, can_open, open_attentions
+from torchopt.quantize import DynamicLinear, FixedQuantize, IntegerKernel, Rounded, can_open, link, open_attentions
 from torchopt.rules import Rule
 from torchopt.state import State, find_state
 from torchopt.strict import build
@@ -109,7 +109,8 @@ def _header(model: nn.Module, state: State | None) -> Header:
         }
     elif isinstance(model, fx.GraphModule):
         fixed = {name: m.describe() for name, m in model.named_children() if isinstance(m, FixedQuantize)}
-        header["traced"] = {"graph": describe(model.graph), "quantizers": fixed}
+        kernels = {name: m.describe() for name, m in model.named_children() if isinstance(m, IntegerKernel)}
+        header["traced"] = {"graph": describe(model.graph), "quantizers": fixed, "kernels": kernels}
     return header
 
 
@@ -135,7 +136,11 @@ def _rebuild(fresh: nn.Module, header: Header, tensors: Mapping[str, torch.Tenso
         return fresh
     for name, fields in header["traced"]["quantizers"].items():
         fresh.add_module(name, FixedQuantize.described(fields))
-    return rebuild(header["traced"]["graph"], fresh, where)
+    for name, fields in header["traced"].get("kernels", {}).items():
+        fresh.add_module(name, IntegerKernel(*fields))
+    rebuilt = rebuild(header["traced"]["graph"], fresh, where)
+    link(rebuilt)
+    return rebuilt
 
 
 def _versioned(tensors: Mapping[str, torch.Tensor], model: nn.Module) -> Mapping[str, torch.Tensor]:

@@ -13,12 +13,14 @@ with warnings.catch_warnings():
     from torchopt.quantize.config import Quantize
     from torchopt.quantize.dynamic import DynamicLinear
     from torchopt.quantize.harm import harms
+    from torchopt.quantize.kernels import IntegerKernel, link
     from torchopt.quantize.rounded import Rounded
 
 __all__ = [
     "ActivationQuantizer",
     "DynamicLinear",
     "FixedQuantize",
+    "IntegerKernel",
     "Quantize",
     "Rounded",
     "attach",
@@ -27,6 +29,7 @@ __all__ = [
     "can_open",
     "harms",
     "left_float",
+    "link",
     "load_ranges",
     "observes",
     "open_attentions",

@@ -17,6 +17,7 @@ from torch import nn
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 
 from torchopt.errors import DataError
+from torchopt.quantize.kernels import Affine
 from torchopt.quantize.observers import make
 from torchopt.quantize.rounding import fake_quantize, in_memory_order, learned_fake_quantize
 
@@ -140,6 +141,12 @@ class ActivationQuantizer(FakeQuantizeBase):
         """Return scale and zero point, each of shape (1,)."""
         return self.scale.detach(), self.zero_point
 
+    def affine(self) -> Affine | None:
+        """Return the grid as evaluation uses it; None while it is not known or not used, or wider than integer kernels take."""
+        if self.training or self.calibrating or not (self.ready and self.rounding):
+            return None
+        return _affine(self.scale.detach().clamp(min=SMALLEST_SCALE), self.zero_point, self.quant_min, self.quant_max)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Observe where asked, then round where asked; x of any shape, float."""
         x = x.float()  # grids are float32, also under autocast
@@ -221,12 +228,15 @@ class FixedQuantize(nn.Module):
         """Return the nearest representable values; x of any shape, float32."""
         if torch.onnx.is_in_onnx_export():
             return self._onnx(x)
-        zero_point = self.zero_point.to(torch.int32)
         if torch.compiler.is_exporting():
-            scale, zero, q = float(self.scale), int(zero_point), torch.ops.quantized_decomposed
+            scale, zero, q = float(self.scale), int(self.zero_point), torch.ops.quantized_decomposed
             codes = q.quantize_per_tensor(x, scale, zero, self.qmin, self.qmax, self.zero_point.dtype)
             return q.dequantize_per_tensor(codes, scale, zero, self.qmin, self.qmax, self.zero_point.dtype)
-        return torch.fake_quantize_per_tensor_affine(x, self.scale, zero_point, self.qmin, self.qmax)
+        return fake_quantize(x, self.scale, self.zero_point.to(torch.int32), self.qmin, self.qmax)
+
+    def affine(self) -> Affine | None:
+        """Return the grid; None where it is wider than integer kernels take."""
+        return _affine(self.scale, self.zero_point, self.qmin, self.qmax)
 
     def _onnx(self, x: torch.Tensor) -> torch.Tensor:
         """The pair of ONNX operators itself, with `scale` and `zero_point` as its initializers."""
@@ -266,6 +276,10 @@ class FixedQuantize(nn.Module):
     def extra_repr(self) -> str:
         """Grid, scale and zero point."""
         return f"{self.qmin}…{self.qmax}, scale={float(self.scale):.4g}, zero_point={int(self.zero_point)}"
+
+
+def _affine(scale: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int) -> Affine | None:
+    return Affine(scale.reshape(()), zero_point.reshape(()).float(), qmin, qmax) if qmax - qmin < 256 else None
 
 
 def _storage(qmin: int, qmax: int) -> torch.dtype:

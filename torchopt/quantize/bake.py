@@ -12,6 +12,7 @@ from torchopt.quantize.activations import ActivationQuantizer, FixedQuantize
 from torchopt.quantize.dropout import Regularizer
 from torchopt.quantize.front import LEFT
 from torchopt.quantize.fuse import activation_of, ends_of
+from torchopt.quantize.kernels import IntegerKernel, link
 from torchopt.quantize.in_place import WEIGHTS_LATER, weights_later
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.naming import name_of_value
@@ -49,6 +50,7 @@ def bake(model: nn.Module) -> nn.Module:
     model.graph.lint()
     model.recompile()
     quantized = fx.GraphModule(model, model.graph, "Quantized")
+    link(quantized)
     return quantized.train(model.training)
 
 
@@ -97,7 +99,8 @@ def _bake_activations(model: fx.GraphModule) -> None:
 
 def _covered(model: fx.GraphModule, node: fx.Node, activation: nn.Module) -> bool:
     """True where every reader of a ReLU-like value rounds it to a grid that saturates by the activation's ends."""
-    readers = [model.get_submodule(str(u.target)) if u.op == "call_module" else None for u in node.users]
+    users = [model.get_submodule(str(u.target)) if u.op == "call_module" else None for u in node.users]
+    readers = [user for user in users if not isinstance(user, IntegerKernel)]
     return bool(readers) and all(isinstance(r, ActivationQuantizer) and _saturates(r, *ends_of(activation)) for r in readers)
 
 

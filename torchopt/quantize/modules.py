@@ -47,6 +47,7 @@ class Fused(nn.Module):
         reach: where the grid of each channel ends, as a fraction of the largest |w|; None is 1 (8 bits, learned scales).
         reads: the quantizer of the input, where the runtime keeps the bias as an integer, in steps of both scales; else None.
         held: weight and bias folded beforehand, while calibration only runs the network (`folding.folded_once`); else None.
+        scale_in_use: the scale of the weight that the last call computed on, where it was rounded in evaluation; else None.
     """
 
     weight: Any  # a Parameter, or what a mask and a table make of one
@@ -60,6 +61,7 @@ class Fused(nn.Module):
     shift: torch.Tensor | None
     reads: Any
     held: tuple[torch.Tensor, torch.Tensor | None] | None = None
+    scale_in_use: torch.Tensor | None = None
     fake_quant_enabled: torch.Tensor
     bn_frozen: torch.Tensor
 
@@ -170,6 +172,7 @@ class Fused(nn.Module):
         """Return act(bn(layer(x))); x as the float layer takes it."""
         if args:
             raise ModelError(f"{type(self).__name__}: takes one input, got {1 + len(args)}; leave the layer out of quantization")
+        self.scale_in_use = None
         if self.held is not None:
             y = self.compute(x, *self.held)
         elif self.training or not self.rounding or not self.bn_is_fixed:
@@ -185,7 +188,8 @@ class Fused(nn.Module):
     def in_use(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return weight and bias as evaluation uses them: batch norm folded in, the weight on its grid while it is rounded."""
         if self.rounding:
-            weight, bias, _ = self.folded(self.weight)
+            weight, bias, scale = self.folded(self.weight)
+            self.scale_in_use = scale.detach()
             return weight, bias
         if self.bn is None:
             return self.weight, self.bias
@@ -212,7 +216,7 @@ class Fused(nn.Module):
         """Return the float layer that this one was made of, with its attributes and without anything of ours."""
         base = next(c for c in type(self).__mro__ if c.__module__.startswith("torch.nn."))
         plain: nn.Module = base.__new__(base)  # type: ignore[call-overload]
-        ours = {"config", "bits", "rounding", "frozen", "reads", "_shares"}
+        ours = {"config", "bits", "rounding", "frozen", "reads", "scale_in_use", "_shares"}
         plain.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in self.__dict__.items() if k not in ours})
         plain.__dict__.update(_buffers={}, _modules={}, _parameters=dict.fromkeys(("weight", "bias")))
         return plain

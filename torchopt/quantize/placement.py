@@ -27,6 +27,7 @@ from torchopt.quantize.config import Quantize
 from torchopt.quantize.front import ENTRANCE
 from torchopt.quantize.fuse import activation_of, ends_of
 from torchopt.quantize.layers import FusedLinear
+from torchopt.quantize.match import match_kernels
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.targets import Target
 from torchopt.quantize.trace import example, regularizes
@@ -99,6 +100,9 @@ def place(traced: fx.GraphModule, assignment: dict[str, Quantize], target: Targe
         for user in users:
             user.replace_input_with(node, rounded)
     _keep_integer_biases(traced)
+    names = {node: _name_of_grid(traced, node) for node in traced.graph.nodes}
+    grids = {node: name for node, name in names.items() if name is not None}
+    match_kernels(traced, grids, {node for node, kind in kinds.items() if kind == "pass"})
     traced.graph.lint()
     traced.recompile()
 
@@ -109,7 +113,8 @@ def _keep_integer_biases(traced: fx.GraphModule) -> None:
     for node in traced.graph.nodes:
         layer = _module(traced, node)
         if isinstance(layer, Fused) and not (isinstance(layer, FusedLinear) and not _is_rounded_product(traced, node)):
-            read.setdefault(layer, set()).add(_grid(traced, node.args[0]))
+            name = _name_of_grid(traced, node.args[0])
+            read.setdefault(layer, set()).add(None if name is None else traced.get_submodule(name))  # type: ignore[arg-type]
     for layer, grids in read.items():
         if len(grids) == 1:
             layer.__dict__["reads"] = grids.pop()
@@ -121,12 +126,11 @@ def _is_rounded_product(traced: fx.GraphModule, node: fx.Node) -> bool:
     return len(rows) == 2 and all(isinstance(_module(traced, user), ActivationQuantizer) for user in node.users)
 
 
-def _grid(traced: fx.GraphModule, node: Any) -> ActivationQuantizer | None:
+def _name_of_grid(traced: fx.GraphModule, node: Any) -> str | None:
     """The quantizer that a value last went through; only what moves elements may stand between."""
     while isinstance(node, fx.Node):
-        module = _module(traced, node)
-        if isinstance(module, ActivationQuantizer):
-            return module
+        if isinstance(_module(traced, node), ActivationQuantizer):
+            return str(node.target)
         if _kind(traced, node) not in ("share", "pass") or node.target in CONCATENATE:
             return None
         node = node.args[0]

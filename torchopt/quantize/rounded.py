@@ -20,6 +20,7 @@ from torchopt.quantize.activations import ActivationQuantizer, FixedQuantize
 from torchopt.quantize.config import Quantize
 from torchopt.quantize.dynamic import called
 from torchopt.quantize.layers import FusedConv1d, FusedConv2d, FusedConv3d, FusedLinear, layer_class
+from torchopt.quantize.kernels import exporting, instead, layer_integers
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.placement import activation_quantizer
 from torchopt.quantize.targets import Target
@@ -34,7 +35,7 @@ class Rounded(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer on rounded inputs; x as the layer takes it."""
         y: torch.Tensor = super().forward(self.input(x))  # type: ignore[misc]
-        return y if self.output is None else self.output(y)
+        return y if self.output is None else as_kernel(self, y)
 
     def describe(self) -> list[list[int] | None]:
         """Return what the buffers do not hold: the ends of both grids."""
@@ -58,6 +59,12 @@ class Rounded(nn.Module):
         layer.__class__ = ROUNDED[type(layer)]
         layer._modules.update(zip(("input", "output"), ends, strict=True))
         return called(layer)
+
+
+def as_kernel(layer: Any, y: torch.Tensor) -> torch.Tensor:
+    """Return the result of a layer with quantizers at both ends on its grid, rounded as the runtime's kernel does in evaluation."""
+    rounded: torch.Tensor = layer.output(y)
+    return rounded if layer.training or exporting() else instead(rounded, layer_integers(layer, y, layer.input.affine(), layer.output.affine()))
 
 
 class RoundedLinear(Rounded, nn.Linear):
@@ -93,7 +100,7 @@ class FusedRounded(Fused):
     def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The layer on rounded inputs."""
         y: torch.Tensor = super().compute(self.input(x), weight, bias)
-        return y if self.output is None else self.output(y)
+        return y if self.output is None else as_kernel(self, y)
 
     def plain(self) -> nn.Module:
         """Return the layer that a finalized model keeps."""

@@ -3,9 +3,10 @@
     x̂ = s · clamp(round(x / s), q_min - z, q_max - z)        ∂x̂/∂x = 1 inside the range, 0 outside
     LSQ: ∂x̂/∂s = x̂/s - x/s inside, x̂/s outside        (Esser et al. 2020, arXiv:1902.08153, eq. 3)
 
-The numbers are those of torch's own fake-quantize operators, bit for bit. On CPUs those go element by element and keep a mask; here each
-step is one vectorized pass, and the backward pass asks the input itself whether it lay inside: 2 to 3 times faster. Elsewhere, and
-where a compiler traces the model, torch's operators are used.
+The numbers are those of ONNX's QuantizeLinear, bit for bit: x is divided by s and rounded to even. Torch's own operators multiply by 1/s
+and add z before they round, so that values within 1e-7 of half a step go to the other side; on CPUs they go element by element and keep
+a mask. Here each step is one vectorized pass, and the backward pass asks the input itself whether it lay inside: 2 to 3 times faster.
+While training elsewhere, and where a compiler traces the model, torch's operators are used.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
 
     Args:
         x: float32, any shape.
-        scale: float32 (1,).
-        zero_point: int32 (1,).
+        scale: float32, one value.
+        zero_point: int32, one value.
         qmin: the smallest integer.
         qmax: the largest.
 
@@ -30,9 +31,9 @@ def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
         tensor([  0.0000,   0.5000, 127.5000])
     """
     if not _by_passes(x):
-        return torch.fake_quantize_per_tensor_affine(x, scale[0], zero_point[0], qmin, qmax)
+        return torch.fake_quantize_per_tensor_affine(x, scale.reshape(()), zero_point.reshape(()), qmin, qmax)
     z = int(zero_point)
-    return _Round.apply(x, float(scale), qmin - z, qmax - z)  # type: ignore[no-any-return, no-untyped-call]
+    return _Round.apply(x, scale.reshape(()), qmin - z, qmax - z)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def learned_fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int) -> torch.Tensor:
@@ -61,22 +62,24 @@ def order(x: torch.Tensor) -> list[int]:
 
 
 def _by_passes(x: torch.Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+    here = x.device.type == "cpu" or not (torch.is_grad_enabled() and x.requires_grad)
+    return here and x.dtype == torch.float32 and not torch.compiler.is_compiling()
 
 
-def _rounded(x: torch.Tensor, scale: float, low: int, high: int) -> torch.Tensor:
-    """x on the grid; the inverse is rounded to float32 first, as torch's kernels do."""
-    return x.mul(1.0 / torch.tensor(scale)).round_().clamp_(low, high).mul_(scale)
+def _rounded(x: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.Tensor:
+    """x on the grid; by a number in place of a tensor a GPU would not divide, but multiply with its inverse."""
+    return x.div(scale).round_().clamp_(low, high).mul_(scale)
 
 
-def _inside(gradient: torch.Tensor, x: torch.Tensor, scale: float, low: int, high: int) -> torch.Tensor:
+def _inside(gradient: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.Tensor:
     """The gradient where round(x / s) is no further than the ends of the grid, else 0."""
-    return torch.ops.aten.hardtanh_backward(gradient, x, (low - 0.5) * scale, (high + 0.5) * scale)  # type: ignore[no-any-return]
+    step = float(scale)
+    return torch.ops.aten.hardtanh_backward(gradient, x, (low - 0.5) * step, (high + 0.5) * step)  # type: ignore[no-any-return]
 
 
 class _Round(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, scale: float, low: int, high: int) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.grid = scale, low, high
         return _rounded(x, scale, low, high)
@@ -92,12 +95,12 @@ class _LearnedRound(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, low: int, high: int, damping: float) -> torch.Tensor:
         ctx.save_for_backward(x, scale)
         ctx.ends, ctx.damping = (low, high), damping
-        return _rounded(x, float(scale), low, high)
+        return _rounded(x, scale.reshape(()), low, high)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
         x, scale = ctx.saved_tensors
-        grid = float(scale), *ctx.ends
+        grid = scale.reshape(()), *ctx.ends
         to_x = _inside(gradient, x, *grid)
         dims = order(x)
         flat = [t.permute(dims).reshape(-1) for t in (gradient, _rounded(x, *grid), to_x, x)]

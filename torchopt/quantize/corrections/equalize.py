@@ -29,6 +29,7 @@ from torchopt.quantize.activations import ActivationQuantizer
 from torchopt.quantize.corrections.walk import holds_table, ordered, rounding
 from torchopt.quantize.folding import folded_once
 from torchopt.quantize.fuse import ends_of
+from torchopt.quantize.kernels import IntegerKernel
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.pieces import Call
 from torchopt.quantize.weight_grid import lsq_start
@@ -124,6 +125,8 @@ def groups(model: fx.GraphModule, peaks: dict[fx.Node, torch.Tensor]) -> list[Gr
             group.makers.append(module)
             of[node.all_input_nodes[0]].readers.append(module)
             group.fixed = module.bn is not None and module.bn.weight is None
+        elif isinstance(module, IntegerKernel):
+            of[node] = of[node.args[0]]
         elif _keeps(model, node) and all(_same_channels(peaks, node, s) for s in node.all_input_nodes):
             for source in node.all_input_nodes:
                 _join(of, node, source)

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from torchopt.errors import ModelError
 from torchopt.quantize.activations import ActivationQuantizer
 from torchopt.quantize.folding import folded_once
+from torchopt.quantize.kernels import IntegerKernel
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.pieces import Call
 
@@ -106,12 +107,12 @@ def holds_table(layer: Fused) -> bool:
 @contextmanager
 def rounding(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     """Evaluation mode with every quantizer on (or off), whatever the milestones say, and back."""
-    parts = [m for m in model.modules() if isinstance(m, Fused | ActivationQuantizer)]
+    parts = [m for m in model.modules() if isinstance(m, Fused | ActivationQuantizer | IntegerKernel)]
     before, training = [part.rounding for part in parts], model.training
     model.eval()
     try:
         for part in parts:
-            part.rounding = enabled
+            part.rounding = enabled and not isinstance(part, IntegerKernel)  # which side a tie falls to, corrections need not know
         yield
     finally:
         for part, was in zip(parts, before, strict=True):

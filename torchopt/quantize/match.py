@@ -1,0 +1,118 @@
+"""Which integer kernel of the runtime gives each rounded value: an `IntegerKernel` put behind its quantizer.
+
+1. a convolution, or a linear layer whose result is rounded, on a grid      → "layer"
+2. a sum or a product of two values, each on a grid                         → "addition", "product"
+3. a mean over all positions, or over windows, of a value on a grid         → "global_mean", "window_mean"
+4. a hardsigmoid of a value on a grid                                       → "hard_sigmoid"
+5. all else                                                                 → nothing: QuantizeLinear rounds, as the quantizer does
+
+A ReLU, ReLU6 or Hardtanh between the operation and its quantizer belongs to the kernel; dropout, which is nothing in evaluation, may
+stand anywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from torchopt.quantize.activations import ActivationQuantizer
+from torchopt.quantize.front import PRODUCTS, SUMS
+from torchopt.quantize.fuse import activation_of
+from torchopt.quantize.kernels import LAYER, IntegerKernel, link
+from torchopt.quantize.modules import Fused
+from torchopt.quantize.trace import example
+
+MEANS = {torch.mean, "mean"}
+ADAPTIVE = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+ADAPTIVE_FUNCTIONS = {F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d}
+WINDOWS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+WINDOW_FUNCTIONS = {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
+
+
+class Match(NamedTuple):
+    """A kind of kernel, the nodes whose grids it reads, and the nodes whose values it takes."""
+
+    kind: str
+    reads: tuple[fx.Node, ...]
+    takes: tuple[fx.Node, ...]
+    layer: str | None = None
+
+
+def match_kernels(traced: fx.GraphModule, grids: dict[fx.Node, str], passes: set[fx.Node]) -> None:
+    """Put the kernels into a graph in which quantizers are placed, in place.
+
+    Args:
+        traced: the graph.
+        grids: the name of the quantizer on whose grid the value of a node lies.
+        passes: nodes that do nothing in evaluation.
+    """
+    count = 0
+    for node in list(traced.graph.nodes):
+        if not isinstance(_module(traced, node), ActivationQuantizer):
+            continue
+        source, ends = _through(traced, node.args[0], passes)
+        found = _match(traced, source, node.args[0])
+        if found is None or not all(read in grids for read in found.reads):
+            continue
+        name, reads = f"kernel_{count}", [grids[read] for read in found.reads]
+        traced.add_module(name, IntegerKernel(found.kind, reads, str(node.target), found.layer, ends))
+        with traced.graph.inserting_after(node):
+            kernel = traced.graph.call_module(name, (node, *found.takes))
+        node.replace_all_uses_with(kernel, delete_user_cb=lambda user, kernel=kernel: user is not kernel)
+        grids[kernel] = str(node.target)
+        count += 1
+    link(traced)
+
+
+def _module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _through(traced: fx.GraphModule, node: fx.Node, passes: set[fx.Node]) -> tuple[fx.Node, tuple[float, float | None] | None]:
+    """The operation that makes a value, and the ends of the activation that follows it."""
+    ends: tuple[float, float | None] | None = None
+    while True:
+        activation = activation_of(traced, node)
+        if activation is not None and ends is None:
+            top = 6.0 if isinstance(activation, nn.ReLU6) else getattr(activation, "max_val", None)
+            ends = (0.0, top)
+        elif node not in passes:
+            return node, ends
+        node = node.all_input_nodes[0]
+
+
+def _match(traced: fx.GraphModule, node: fx.Node, result: fx.Node) -> Match | None:
+    """Cases 1 to 5 of the module's docstring; `result` is what the quantizer reads."""
+    module, operands = _module(traced, node), [a for a in node.args if isinstance(a, fx.Node)]
+    kind: Any = type(module) if module is not None else node.target
+    if isinstance(module, Fused):
+        return None if module.reads is None else Match(LAYER, (operands[0],), (result,), str(node.target))
+    if kind in SUMS or kind in PRODUCTS:
+        plain = len(operands) == len(node.args) == 2 and not node.kwargs
+        return Match("addition" if kind in SUMS else "product", (*operands,), (*operands,)) if plain else None
+    if not operands:
+        return None
+    x = operands[0]
+    if kind in (nn.Hardsigmoid, F.hardsigmoid):
+        return Match("hard_sigmoid", (x,), (x,))
+    if _is_global(kind, module, node):
+        return Match("global_mean", (x,), (x, result))
+    adaptive = isinstance(module, ADAPTIVE) or kind in ADAPTIVE_FUNCTIONS
+    if adaptive or isinstance(module, WINDOWS) or kind in WINDOW_FUNCTIONS:
+        return Match("window_mean", (x,), (result,))
+    return None
+
+
+def _is_global(kind: Any, module: nn.Module | None, node: fx.Node) -> bool:
+    """True for a mean over all positions of each channel."""
+    if isinstance(module, ADAPTIVE) or kind in ADAPTIVE_FUNCTIONS:
+        size = module.output_size if isinstance(module, ADAPTIVE) else node.args[1] if len(node.args) > 1 else node.kwargs["output_size"]
+        return set(size if isinstance(size, tuple | list) else (size,)) == {1}
+    if kind not in MEANS:
+        return False
+    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", ())
+    rank = getattr(example(node.all_input_nodes[0]), "ndim", 0)
+    return rank > 2 and sorted(d % rank for d in ([dims] if isinstance(dims, int) else dims)) == list(range(2, rank))
