@@ -1,4 +1,4 @@
-"""The front of a network with gated activations stays float where that is faster by the target's costs, and says so."""
+"""With fallback="auto" the front of a network with gated activations stays float where the target's costs say so; else nothing does."""
 
 import pytest
 import torch
@@ -11,7 +11,14 @@ from torchopt.quantize.targets import TARGETS
 from torchopt.quantize.trace import trace
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
-STATIC = [Rule("*", quantize=Quantize(observer="minmax", rounding="nearest", equalize=False))]
+STATIC = [Rule("*", quantize=Quantize(observer="minmax", rounding="nearest", equalize=False, fallback="auto"))]
+AUTO = Quantize(fallback="auto")
+
+
+@pytest.fixture(autouse=True)
+def untimed(monkeypatch):
+    """Whole kinds of layers would be left by the clock of this machine; here the costs alone decide."""
+    monkeypatch.setattr("torchopt.compress.faster_rules", lambda model, rules, *_: (list(rules), []))
 
 
 def block(inputs: int, outputs: int, act: nn.Module, **options) -> nn.Sequential:
@@ -35,13 +42,17 @@ class Net(nn.Module):
         return self.head(self.wide(x).mean((2, 3)))
 
 
-def left(model: nn.Module, size: int, target: str = "ort-x86", assigned=("stem.0", "depthwise.0", "wide.0", "head")) -> set[str]:
+def left(model: nn.Module, size: int, target: str = "ort-x86", assigned=("stem.0", "depthwise.0", "wide.0", "head"), config=AUTO) -> set[str]:
     traced, _ = trace(model.eval(), (torch.randn(1, 3, size, size),))
-    return set(assigned) - set(leave_front(traced, dict.fromkeys(assigned), TARGETS[target]))
+    return set(assigned) - set(leave_front(traced, dict.fromkeys(assigned, config), TARGETS[target]))
 
 
 def test_many_pixels_and_few_channels_stay_float():
     assert left(Net(), 224) == {"stem.0", "depthwise.0"}
+
+
+def test_without_fallback_every_layer_runs_as_integers():
+    assert left(Net(), 224, config=Quantize()) == set()
 
 
 @pytest.mark.parametrize(
@@ -96,7 +107,7 @@ def test_a_residual_behind_the_entrance_runs_as_integers(tmp_path):
 def test_the_marks_are_no_part_of_the_model():
     model = Net().eval()
     traced, _ = trace(Net().eval(), (torch.randn(1, 3, 224, 224),))
-    leave_front(traced, dict.fromkeys(("stem.0", "depthwise.0", "wide.0", "head")), TARGETS["ort-x86"])
+    leave_front(traced, dict.fromkeys(("stem.0", "depthwise.0", "wide.0", "head"), AUTO), TARGETS["ort-x86"])
     assert [n.name for n in traced.graph.nodes if n.meta.get(ENTRANCE)] == ["add"]
     ready = torchopt.prepare(model, STATIC, (torch.randn(1, 3, 224, 224),))
     assert not any(LEFT in m.__dict__ for m in model.modules())

@@ -6,14 +6,14 @@ values in a million, which move more values in each following layer, until fifty
 have nothing in common. So between two grids evaluation rounds as the kernel does; q are integers with the zero point z taken off:
 
     convolution, linear     n = y / (s_x·s_w), a whole number      q = round(n · (s_x·s_w / s_y))
-    sum                     q + z = round(a'·r_a + (b'·r_b + (z − (r_a·z_a + r_b·z_b))))       a' = q_a + z_a,  r_a = s_a / s
+    sum                     q + z = round(a'·r_a + (b'·r_b + (z − (r_a·z_a + r_b·z_b))))      a' = q_a + z_a,  r_a = s_a / s
     product                 q + z = round((q_a·q_b) · (s_a·s_b / s) + z)
     global mean of m        q = round(Σ q_x · (s_x / (s·m)))
     mean of a window        q + z = round(y / s + z)
     hardsigmoid             the sum of x on the scale s_x/6 and ½ (`export/passes/hard_sigmoid.py`)
     all else                q = round(y / s), as QuantizeLinear      (`rounding.py`)
 
-each operation rounded to float32 as written; in a sum, product and addition are rounded together. An activation in between cuts q off.
+each operation rounded to float32 as written; in a sum, a product and the addition left of it are rounded together. An activation in between cuts q off.
 These are the formulas of the CPU kernels (x86 with FMA, ARM64); other runtimes, and kernels of 16 bits, may differ by the few values.
 """
 
@@ -55,7 +55,7 @@ def addition(grids: Sequence[Affine], out: Affine, a: torch.Tensor, b: torch.Ten
     """Return q of a + b."""
     first, second = grids
     ratio, other = first.scale / out.scale, second.scale / out.scale
-    fixed = out.zero - (ratio * first.zero + other * second.zero)
+    fixed = out.zero - _fused(ratio, first.zero, other * second.zero)
     inner = _fused(second.steps(b) + second.zero, other, fixed)
     return torch.round(_fused(first.steps(a) + first.zero, ratio, inner))
 
