@@ -42,7 +42,9 @@ class Net(nn.Module):
         return self.head(self.wide(x).mean((2, 3)))
 
 
-def left(model: nn.Module, size: int, target: str = "ort-x86", assigned=("stem.0", "depthwise.0", "wide.0", "head"), config=AUTO) -> set[str]:
+def left(
+    model: nn.Module, size: int, target: str = "ort-x86", assigned=("stem.0", "depthwise.0", "wide.0", "head"), config=AUTO
+) -> set[str]:
     traced, _ = trace(model.eval(), (torch.randn(1, 3, size, size),))
     return set(assigned) - set(leave_front(traced, dict.fromkeys(assigned, config), TARGETS[target]))
 

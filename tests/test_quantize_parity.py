@@ -104,8 +104,7 @@ def check(model: nn.Module, bits: int, target: str) -> None:
         verdict = torchopt.verify(final, path, [x], progress=False)
         placement = torchopt.inspect(path)
     assert verdict.weights_equal, verdict.first_difference
-    assert verdict.within_one_step >= 0.97, str(verdict)  # 160 outputs: a value on the border of two integers may move one or two
-    assert verdict.max_steps <= 4, str(verdict)
+    assert verdict.max_steps < 0.01, str(verdict)  # every integer is the same; the last layer adds in float
     assert not placement.float, placement.float
 
 

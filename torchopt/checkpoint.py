@@ -85,7 +85,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         rebuilt.load_state_dict(_versioned(tensors, rebuilt), strict=True)
     except TorchoptError:
         raise
-    except (RuntimeError, KeyError, AttributeError, ValueError) as error:
+    except (RuntimeError, KeyError, AttributeError, TypeError, ValueError) as error:
         other = f"{path}: was saved from another architecture than {type(model).__name__}"
         raise StateError(f"{other}: {_first_line(error)}; give the network that was saved") from error
     _restore_grids(rebuilt, header["grids"])

@@ -13,8 +13,9 @@ have nothing in common. So between two grids evaluation rounds as the kernel doe
     hardsigmoid             the sum of x on the scale s_x/6 and ½ (`export/passes/hard_sigmoid.py`)
     all else                q = round(y / s), as QuantizeLinear      (`rounding.py`)
 
-each operation rounded to float32 as written; in a sum, a product and the addition left of it are rounded together. An activation in between cuts q off.
-These are the formulas of the CPU kernels (x86 with FMA, ARM64); other runtimes, and kernels of 16 bits, may differ by the few values.
+each operation rounded to float32 as written; in a sum, a product and the addition left of it are rounded together. An activation in
+between cuts q off. So compute ONNX Runtime's CPU kernels (x86 with FMA); other runtimes may differ in those few values. Of kernels that
+take wider integers than 8 bits there are none.
 """
 
 from __future__ import annotations
@@ -137,15 +138,17 @@ class IntegerKernel(nn.Module):
         self, kind: str, reads: Sequence[str], writes: str, layer: str | None = None, ends: Sequence[float | None] | None = None
     ) -> None:
         super().__init__()
+        if kind != LAYER and kind not in FORMULAS:
+            raise ValueError(f"no integer kernel is called {kind!r}")
         self.kind, self.reads, self.writes, self.layer = kind, tuple(reads), writes, layer
         self.ends = None if ends is None else tuple(ends)
         self.rounding = True
+        self.linked: tuple[Any, list[Any], Any]  # in a tuple, so that they are no parts of this module
 
     def link(self, root: nn.Module) -> None:
-        """Find the modules that the names say; they are no parts of this one."""
-        self.__dict__["sources"] = [root.get_submodule(name) for name in self.reads]
-        self.__dict__["sink"] = root.get_submodule(self.writes)
-        self.__dict__["maker"] = None if self.layer is None else root.get_submodule(self.layer)
+        """Find the modules that the names say."""
+        maker = None if self.layer is None else root.get_submodule(self.layer)
+        self.linked = maker, [root.get_submodule(name) for name in self.reads], root.get_submodule(self.writes)
 
     def forward(self, rounded: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
         """Return what the kernel gives.
@@ -162,9 +165,10 @@ class IntegerKernel(nn.Module):
     @torch.no_grad()
     def _value(self, *values: torch.Tensor) -> torch.Tensor | None:
         """The result on its grid; None while some grid is not in use."""
-        grids, out = [source.affine() for source in self.__dict__["sources"]], self.__dict__["sink"].affine()
+        maker, sources, sink = self.linked
+        grids, out = [source.affine() for source in sources], sink.affine()
         if self.kind == LAYER:
-            return layer_integers(self.__dict__["maker"], values[0], *grids, out)  # y after its activation
+            return layer_integers(maker, values[0], grids[0], out)  # y after its activation
         if out is None or any(grid is None for grid in grids):
             return None
         return on_grid(FORMULAS[self.kind](grids, out, *values), out, self.ends)

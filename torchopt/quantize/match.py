@@ -108,11 +108,18 @@ def _match(traced: fx.GraphModule, node: fx.Node, result: fx.Node) -> Match | No
 
 def _is_global(kind: Any, module: nn.Module | None, node: fx.Node) -> bool:
     """True for a mean over all positions of each channel."""
-    if isinstance(module, ADAPTIVE) or kind in ADAPTIVE_FUNCTIONS:
-        size = module.output_size if isinstance(module, ADAPTIVE) else node.args[1] if len(node.args) > 1 else node.kwargs["output_size"]
-        return set(size if isinstance(size, tuple | list) else (size,)) == {1}
-    if kind not in MEANS:
-        return False
-    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", ())
+    if isinstance(module, ADAPTIVE):
+        return _as_set(module.output_size) == {1}
+    if kind in ADAPTIVE_FUNCTIONS:
+        return _as_set(_argument(node, "output_size")) == {1}
     rank = getattr(example(node.all_input_nodes[0]), "ndim", 0)
-    return rank > 2 and sorted(d % rank for d in ([dims] if isinstance(dims, int) else dims)) == list(range(2, rank))
+    return kind in MEANS and rank > 2 and {d % rank for d in _as_set(_argument(node, "dim"))} == set(range(2, rank))
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    """The second argument of a call, by position or by name."""
+    return node.args[1] if len(node.args) > 1 else node.kwargs.get(name)
+
+
+def _as_set(values: Any) -> set[Any]:
+    return set(values) if isinstance(values, tuple | list) else set() if values is None else {values}

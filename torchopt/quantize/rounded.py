@@ -19,8 +19,8 @@ from torchopt.errors import ModelError
 from torchopt.quantize.activations import ActivationQuantizer, FixedQuantize
 from torchopt.quantize.config import Quantize
 from torchopt.quantize.dynamic import called
-from torchopt.quantize.layers import FusedConv1d, FusedConv2d, FusedConv3d, FusedLinear, layer_class
 from torchopt.quantize.kernels import exporting, instead, layer_integers
+from torchopt.quantize.layers import FusedConv1d, FusedConv2d, FusedConv3d, FusedLinear, layer_class
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.placement import activation_quantizer
 from torchopt.quantize.targets import Target
@@ -64,7 +64,9 @@ class Rounded(nn.Module):
 def as_kernel(layer: Any, y: torch.Tensor) -> torch.Tensor:
     """Return the result of a layer with quantizers at both ends on its grid, rounded as the runtime's kernel does in evaluation."""
     rounded: torch.Tensor = layer.output(y)
-    return rounded if layer.training or exporting() else instead(rounded, layer_integers(layer, y, layer.input.affine(), layer.output.affine()))
+    if layer.training or exporting():
+        return rounded
+    return instead(rounded, layer_integers(layer, y.detach(), layer.input.affine(), layer.output.affine()))
 
 
 class RoundedLinear(Rounded, nn.Linear):

@@ -112,7 +112,9 @@ def rounding(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     model.eval()
     try:
         for part in parts:
-            part.rounding = enabled and not isinstance(part, IntegerKernel)  # which side a tie falls to, corrections need not know
+            part.rounding = enabled and not isinstance(
+                part, IntegerKernel
+            )  # which side a tie falls to, corrections need not know
         yield
     finally:
         for part, was in zip(parts, before, strict=True):
