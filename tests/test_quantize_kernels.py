@@ -1,6 +1,7 @@
 """Evaluation rounds as ONNX Runtime's integer kernels do: each formula against the kernel itself, and whole networks bit for bit."""
 
 import copy
+import pickle
 
 import numpy as np
 import onnxruntime
@@ -172,9 +173,10 @@ def test_prepared_finalized_copied_and_loaded_evaluate_alike(deep, tmp_path):
     final = torchopt.finalize(ready).eval()
     torchopt.save(final, tmp_path / "m.safetensors")
     loaded = torchopt.load(tmp_path / "m.safetensors", Deep()).eval()
+    pickled = pickle.loads(pickle.dumps(final))
     with torch.no_grad():
         expected = ready(x)
-        for model in (final, copy.deepcopy(ready), copy.deepcopy(final), loaded):
+        for model in (final, copy.deepcopy(ready), copy.deepcopy(final), loaded, pickled):
             assert torch.equal(model(x), expected)
 
 

@@ -49,6 +49,7 @@ def bake(model: nn.Module) -> nn.Module:
         return model
     model.graph.lint()
     model.recompile()
+    model.graph._tracer_cls = None  # pickle would trace again by a class that wants to know the network
     quantized = fx.GraphModule(model, model.graph, "Quantized")
     link(quantized)
     return quantized.train(model.training)
