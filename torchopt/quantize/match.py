@@ -12,6 +12,7 @@ stand anywhere.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch import fx, nn
 
 from torchopt.quantize.activations import ActivationQuantizer
 from torchopt.quantize.front import PRODUCTS, SUMS
-from torchopt.quantize.fuse import activation_of
+from torchopt.quantize.fuse import activation_of, ends_of
 from torchopt.quantize.kernels import LAYER, IntegerKernel, link
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.trace import example
@@ -30,6 +31,9 @@ ADAPTIVE = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 ADAPTIVE_FUNCTIONS = {F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d}
 WINDOWS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 WINDOW_FUNCTIONS = {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
+
+
+Ends = tuple[float | None, float | None]
 
 
 class Match(NamedTuple):
@@ -71,14 +75,14 @@ def _module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def _through(traced: fx.GraphModule, node: fx.Node, passes: set[fx.Node]) -> tuple[fx.Node, tuple[float, float | None] | None]:
+def _through(traced: fx.GraphModule, node: fx.Node, passes: set[fx.Node]) -> tuple[fx.Node, Ends | None]:
     """The operation that makes a value, and the ends of the activation that follows it."""
-    ends: tuple[float, float | None] | None = None
+    ends: Ends | None = None
     while True:
         activation = activation_of(traced, node)
         if activation is not None and ends is None:
-            top = 6.0 if isinstance(activation, nn.ReLU6) else getattr(activation, "max_val", None)
-            ends = (0.0, top)
+            low, high = ends_of(activation)
+            ends = (low if math.isfinite(low) else None, high if math.isfinite(high) else None)
         elif node not in passes:
             return node, ends
         node = node.all_input_nodes[0]
