@@ -213,3 +213,25 @@ def test_training_and_calibration_let_pass(deep):
     ready(x)
     assert seen
     assert all(seen)
+
+
+@pytest.mark.parametrize("dead", ["input", "norm"])
+def test_a_bias_fits_into_32_bits_where_nothing_else_is_left(dead, tmp_path):
+    """An input that is always 0, or a batch norm that multiplies by almost 0, makes s_x·s_w tiny; the runtime's sum ran over."""
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1, bias=dead == "input")
+    net = nn.Sequential(first, nn.ReLU(), second, nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
+    with torch.no_grad():
+        if dead == "input":
+            first.bias.fill_(-100.0)
+        else:
+            net[3].weight.fill_(1e-9)
+        net[3].bias.uniform_(0.3, 0.6)
+    x = torch.randn(8, 3, 8, 8)
+    final = torchopt.one_shot(net, [Rule("*", quantize=PLAIN)], [x], example_inputs=(x[:1],), progress=False).eval()
+    torchopt.export(final, (x[:1],), tmp_path / "m.onnx")
+    verdict = torchopt.verify(final, tmp_path / "m.onnx", [x], progress=False)
+    assert verdict.weights_equal
+    assert verdict.max_steps is None or verdict.max_steps < 1e-3, str(verdict)  # None: the outputs are all alike
+    with torch.no_grad():
+        assert (final(x) - net(x)).abs().max() < 0.01

@@ -104,20 +104,29 @@ def _match(traced: fx.GraphModule, node: fx.Node, result: fx.Node) -> Match | No
         return Match("hard_sigmoid", (x,), (x,))
     if _is_global(kind, module, node):
         return Match("global_mean", (x,), (x, result))
-    adaptive = isinstance(module, ADAPTIVE) or kind in ADAPTIVE_FUNCTIONS
-    if adaptive or isinstance(module, WINDOWS) or kind in WINDOW_FUNCTIONS:
+    if _is_regular(kind, module, node) or isinstance(module, WINDOWS) or kind in WINDOW_FUNCTIONS:
         return Match("window_mean", (x,), (result,))
     return None
 
 
 def _is_global(kind: Any, module: nn.Module | None, node: fx.Node) -> bool:
     """True for a mean over all positions of each channel."""
-    if isinstance(module, ADAPTIVE):
-        return _as_set(module.output_size) == {1}
-    if kind in ADAPTIVE_FUNCTIONS:
-        return _as_set(_argument(node, "output_size")) == {1}
+    if isinstance(module, ADAPTIVE) or kind in ADAPTIVE_FUNCTIONS:
+        return _as_set(_output_size(module, node)) == {1}
     rank = getattr(example(node.all_input_nodes[0]), "ndim", 0)
     return kind in MEANS and rank > 2 and {d % rank for d in _as_set(_argument(node, "dim"))} == set(range(2, rank))
+
+
+def _is_regular(kind: Any, module: nn.Module | None, node: fx.Node) -> bool:
+    """True for an adaptive pool whose windows are all alike; with others it is no average pool in the file."""
+    if not (isinstance(module, ADAPTIVE) or kind in ADAPTIVE_FUNCTIONS):
+        return False
+    size, shapes = _output_size(module, node), [getattr(example(n), "shape", ()) for n in (node.all_input_nodes[0], node)]
+    return size is not None and len(shapes[0]) == len(shapes[1]) > 2 and not any(a % b for a, b in zip(*shapes, strict=True))
+
+
+def _output_size(module: nn.Module | None, node: fx.Node) -> Any:
+    return module.output_size if isinstance(module, ADAPTIVE) else _argument(node, "output_size")
 
 
 def _argument(node: fx.Node, name: str) -> Any:

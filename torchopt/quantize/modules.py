@@ -32,6 +32,7 @@ from torchopt.quantize.weight_grid import (
 )
 from torchopt.surgery import batch_norm_affine
 
+MOST_BIAS = 2.0**30  # the integer of a bias: half of what 32 bits hold, the rest is the products
 LOW_BITS = 4  # up to here calibration searches where the grid ends
 
 
@@ -141,28 +142,47 @@ class Fused(nn.Module):
         Returns:
             `(ŵ, b', s')`; s' has shape (channels,), or () when per tensor without batch norm.
         """
-        scale = self.scale(w)
-        q = Codes.apply(w, along(scale, w.dim(), self.out_axis), self.qmax)
-        bias = self.bias
+        scale, bias = self.scale(w), self.bias
+        final = scale
+        sign: torch.Tensor | float = 1.0
         if self.bn is not None:
             factor, shift = batch_norm_affine(self.bn)  # type: ignore[arg-type]
             bias = shift if bias is None else bias * factor + shift
-            scale = scale * factor
-            q = q * along(torch.where(scale < 0, -1.0, 1.0), w.dim(), self.out_axis)
-            scale = scale.abs().clamp(min=SMALLEST_SCALE)
+            final = (scale * factor).abs().clamp(min=SMALLEST_SCALE)
+            sign = along(torch.where(factor < 0, -1.0, 1.0), w.dim(), self.out_axis)
         if self.shift is not None:
             bias = self.shift if bias is None else bias + self.shift
+        wider = self._wider(bias, final)
+        scale, final = scale * wider, final * wider
+        q = Codes.apply(w, along(scale, w.dim(), self.out_axis), self.qmax) * sign
         q = q + 0.0  # integers know no -0.0, and the file must give back the same bits
-        return q * along(scale, w.dim(), self.out_axis), self._in_steps(bias, scale), scale
+        return q * along(final, w.dim(), self.out_axis), self._in_steps(bias, final), final
 
-    def _in_steps(self, bias: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor | None:
-        """The bias as integer kernels add it: a multiple of s_x·s_w."""
+    def _steps(self, bias: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor | None:
+        """s_x·s_w of every entry of the bias, or of all; None where no integer kernel adds it."""
         if bias is None or self.reads is None or not (self.reads.ready and self.reads.rounding):
-            return bias
+            return None
         step = self.reads.scale.detach()[0] * scale.detach()
         if step.dim() and len(step) < len(bias):  # a transposed convolution in groups: each has the same scales
             step = step.repeat(len(bias) // len(step))
-        return torch.round(bias / step) * step
+        return step
+
+    def _wider(self, bias: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor | float:
+        """How many times wider the grid of the weight must be, for the bias to fit into 32 bits.
+
+        Where the input is always 0, or batch norm multiplies by almost 0, the bias is all there is, and a coarse weight loses nothing.
+        """
+        step = self._steps(bias, scale)
+        if bias is None or step is None:
+            return 1.0
+        times = (bias.detach().abs() / (step * MOST_BIAS)).clamp(min=1.0)
+        times = times.reshape(-1, len(scale)).amax(0) if scale.dim() else times.amax()
+        return times if bool((times > 1).any()) else 1.0
+
+    def _in_steps(self, bias: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor | None:
+        """The bias as integer kernels add it: a multiple of s_x·s_w."""
+        step = self._steps(bias, scale)
+        return bias if bias is None or step is None else torch.round(bias / step) * step
 
     def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The layer itself, on given weights."""
