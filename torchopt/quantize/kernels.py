@@ -109,7 +109,7 @@ def layer_integers(layer: Any, y: torch.Tensor, reads: Affine | None, out: Affin
 
     Args:
         layer: a quantized layer that just computed y, or the plain one that it was baked to.
-        y: its result, float32.
+        y: its result.
         reads: the grid of its input.
         out: the grid of its result.
     """
@@ -120,7 +120,7 @@ def layer_integers(layer: Any, y: torch.Tensor, reads: Affine | None, out: Affin
     axis = y.dim() - 1 - len(getattr(layer, "kernel_size", ()))
     if step.dim() and len(step) < y.shape[axis]:  # a transposed convolution in groups: each has the same scales
         step = step.repeat(y.shape[axis] // len(step))
-    return on_grid(convolution(y, along(step, y.dim(), axis), out), out)
+    return on_grid(convolution(y.float(), along(step, y.dim(), axis), out), out)  # float: autocast may have left 16 bits
 
 
 class IntegerKernel(nn.Module):
