@@ -7,7 +7,10 @@ Everything before this was decided in torch: an ONNX pass only writes the same n
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,9 +123,10 @@ def export(
     """
     _check(target, pack, opset)
     version = opset or OPSETS[target]
-    graph = to_onnx(model, example_inputs, opset=version, dynamic_batch=dynamic_batch)
-    _check_integers(graph, version)
-    applied = _rewrite(graph, model, wide=target in WIDENS and version >= PADS)
+    with _uncollected():
+        graph = to_onnx(model, example_inputs, opset=version, dynamic_batch=dynamic_batch)
+        _check_integers(graph, version)
+        applied = _rewrite(graph, model, wide=target in WIDENS and version >= PADS)
     graph = lowered(graph, version)
     dense = len(serialized(graph, "export", shapes=False))
     note = _dense_because(target, pack, version)
@@ -138,6 +142,18 @@ def export(
         packing=report,
         note=note,
     )
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Look for no garbage meanwhile: torch's exporter makes a million small objects that live, and going through them takes long."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _rewrite(graph: ir.Model, model: nn.Module, wide: bool) -> tuple[str, ...]:
