@@ -477,3 +477,25 @@ def test_data_that_is_not_finite_is_refused_before_weights_change():
 def test_no_batch_is_refused():
     with pytest.raises(DataError, match="no batch"):
         torchopt.calibrate(prepared(small_net(), equalize=True), [], progress=False)
+
+
+def test_biases_are_corrected_where_rounding_learns_from_data():
+    assert Quantize().corrects_bias
+    assert not Quantize(rounding="nearest").corrects_bias
+    assert Quantize(rounding="nearest", bias_correction=True).corrects_bias
+    assert not Quantize(bias_correction=False).corrects_bias
+    assert not Quantize(learn_scale=True).corrects_bias
+    assert not Quantize(mode="dynamic").corrects_bias
+
+
+def test_a_shift_of_0_adds_nothing_and_one_from_a_file_is_added():
+    x = torch.randn(16, 3, 8, 8)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
+    rules = [Rule("*", quantize=Quantize(weight_bits=3))]
+    fresh = torchopt.prepare(net, rules, (x[:1],))
+    assert not fresh.get_submodule("0").shifts
+    ready = torchopt.calibrate(torchopt.prepare(net, rules, (x[:1],)), [x], progress=False).eval()
+    assert ready.get_submodule("0").shifts
+    fresh.load_state_dict(ready.state_dict())
+    assert torch.equal(fresh.eval()(x), ready(x))
+    assert torchopt.finalize(ready).get_submodule("0").bias is not None

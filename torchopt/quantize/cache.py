@@ -100,7 +100,7 @@ def _quantizers(model: nn.Module, verb: str) -> dict[str, ActivationQuantizer]:
         raise StateError(f"{verb}: nothing in this model observes data; quantize with mode='static' in prepare")
     for name, layer in model.named_modules():
         config = layer.config if isinstance(layer, Fused) else None
-        if config is not None and (config.equalize or config.bias_correction or config.rounding != "nearest"):
+        if config is not None and (config.equalize or config.corrects_bias or config.rounding != "nearest"):
             raise StateError(
                 f"{verb}: calibration corrects the weights of {name} too, which ranges do not repeat; keep the whole model with "
                 "torchopt.save, or use Quantize(equalize=False, rounding='nearest', bias_correction=False)"

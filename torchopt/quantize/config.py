@@ -32,7 +32,8 @@ class Quantize:
         per_channel: one weight scale per output channel, else one per tensor.
         equalize: even out the ranges of the channels between layers before calibration (Nagel et al. 2019, arXiv:1906.04721); layers
             under tables of shared values are left out.
-        bias_correction: remove the mean shift that rounding the weights causes, at calibration.
+        bias_correction: remove the mean shift that rounding causes, at calibration; None does so where the rounding of weights learns
+            from data too, and scales are not trained.
         rounding: of weights, at calibration: "nearest"; "least_squares": a rounding error is taken up by the weights after it (GPTQ,
             Frantar et al. 2023, arXiv:2210.17323), nearest where a table holds them or a scale is learned; "adaptive": learned per
             weight (AdaRound, Nagel et al. 2020, arXiv:2004.10568).
@@ -56,7 +57,7 @@ class Quantize:
     observer: str = "auto"
     per_channel: bool = True
     equalize: bool = True
-    bias_correction: bool = False
+    bias_correction: bool | None = None
     rounding: str = "least_squares"
     learn_scale: bool = False
     milestones: Sequence[int] | None = None
@@ -73,8 +74,10 @@ class Quantize:
         _check(
             "activation_bits", self.activation_bits, _is_int(self.activation_bits) and self.activation_bits in (8, 16), "8 or 16"
         )
-        for name in ("per_channel", "equalize", "bias_correction", "learn_scale"):
+        for name in ("per_channel", "equalize", "learn_scale"):
             _check(name, getattr(self, name), isinstance(getattr(self, name), bool), "true or false")
+        known = self.bias_correction is None or isinstance(self.bias_correction, bool)
+        _check("bias_correction", self.bias_correction, known, "true, false or None")
         _check("fallback", self.fallback, self.fallback in (None, "auto"), "'auto' or None")
         _check_milestones(self.milestones)
         self._check_combination()
@@ -108,6 +111,13 @@ class Quantize:
             )
         if not self.per_channel or self.learn_scale:
             raise ConfigError(f"Quantize.block_size: {block} fixes a scale a block; leave per_channel and learn_scale out")
+
+    @property
+    def corrects_bias(self) -> bool:
+        """True where calibration moves biases."""
+        if self.bias_correction is not None:
+            return self.bias_correction
+        return self.mode == "static" and self.rounding != "nearest" and not self.learn_scale
 
     @property
     def qmax(self) -> int:

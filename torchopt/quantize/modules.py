@@ -45,6 +45,7 @@ class Fused(nn.Module):
         bn: the batch norm fused in, or None.
         act: the activation fused in, or None.
         shift: what bias correction adds to each channel before the activation, while the weight is rounded; None without it.
+        shifts: True where it is not 0, so that training need not add it.
         reach: where the grid of each channel ends, as a fraction of the largest |w|; None is 1 (8 bits, learned scales).
         reads: the quantizer of the input, where the runtime keeps the bias as an integer, in steps of both scales; else None.
         held: weight and bias folded beforehand, while calibration only runs the network (`folding.folded_once`); else None.
@@ -60,6 +61,7 @@ class Fused(nn.Module):
     rounding: bool
     reach: torch.Tensor | None
     shift: torch.Tensor | None
+    shifts: bool = False
     reads: Any
     held: tuple[torch.Tensor, torch.Tensor | None] | None = None
     scale_in_use: torch.Tensor | None = None
@@ -93,7 +95,7 @@ class Fused(nn.Module):
         chosen = not config.learn_scale and (bits <= LOW_BITS or config.rounding != "nearest")
         self.register_buffer("reach", torch.ones(self.weight.shape[self.out_axis], device=device) if chosen else None)
         channels = self.weight.shape[1] * self.groups if self.out_axis else len(self.weight)
-        self.register_buffer("shift", torch.zeros(channels, device=device) if config.bias_correction else None)
+        self.register_buffer("shift", torch.zeros(channels, device=device) if config.corrects_bias else None)
         if config.learn_scale:
             start = lsq_start(self.weight, self.qmax, self.out_axis if config.per_channel else None)
             self.weight_scale = nn.Parameter(start)
@@ -117,6 +119,13 @@ class Fused(nn.Module):
         """Round the weight, or use it as it is."""
         self.fake_quant_enabled.fill_(enabled)
         self.rounding = enabled
+
+    @torch.no_grad()
+    def set_shift(self, shift: torch.Tensor | None) -> None:
+        """Add `shift`, float32 (channels,), from now on; 0, or None, adds nothing."""
+        if self.shift is not None and shift is not None:
+            self.shift.copy_(shift)
+        self.shifts = self.shift is not None and bool(self.shift.any())
 
     def scale(self, w: torch.Tensor) -> torch.Tensor:
         """Return the scale of the weight's grid before batch norm: shape (channels,), or () when per tensor."""
@@ -150,7 +159,8 @@ class Fused(nn.Module):
             bias = shift if bias is None else bias * factor + shift
             final = (scale * factor).abs().clamp(min=SMALLEST_SCALE)
             sign = along(torch.where(factor < 0, -1.0, 1.0), w.dim(), self.out_axis)
-        if self.shift is not None:
+        if self.shifts:
+            assert self.shift is not None
             bias = self.shift if bias is None else bias + self.shift
         wider = self._wider(bias, final)
         scale, final = scale * wider, final * wider
@@ -199,7 +209,8 @@ class Fused(nn.Module):
             w = self.weight
             y = self.compute(x, self.fake_quantized(w) if self.rounding else w, self.bias)
             y = y if self.bn is None else self.bn(y)
-            if self.shift is not None and self.rounding:
+            if self.shifts and self.rounding:
+                assert self.shift is not None
                 y = y + along(self.shift, y.dim(), self.channel_axis)
         else:
             y = self.compute(x, *self.in_use())
@@ -236,7 +247,7 @@ class Fused(nn.Module):
         """Return the float layer that this one was made of, with its attributes and without anything of ours."""
         base = next(c for c in type(self).__mro__ if c.__module__.startswith("torch.nn."))
         plain: nn.Module = base.__new__(base)  # type: ignore[call-overload]
-        ours = {"config", "bits", "rounding", "frozen", "reads", "scale_in_use", "_shares"}
+        ours = {"config", "bits", "rounding", "frozen", "reads", "scale_in_use", "shifts", "_shares"}
         plain.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in self.__dict__.items() if k not in ours})
         plain.__dict__.update(_buffers={}, _modules={}, _parameters=dict.fromkeys(("weight", "bias")))
         return plain
@@ -257,4 +268,5 @@ class Fused(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self.rounding, self.frozen = bool(self.fake_quant_enabled), bool(self.bn_frozen)
+        self.set_shift(self.shift)
         self.train(self.training)

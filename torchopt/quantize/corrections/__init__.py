@@ -70,7 +70,7 @@ def ahead(model: nn.Module, calls: Iterable[list[Call]]) -> tuple[Iterable[list[
         equalize(model, samples)
     for _, layer in _layers(model):
         if layer.shift is not None:
-            layer.shift.zero_()
+            layer.set_shift(torch.zeros_like(layer.shift))
         if layer.reach is not None and (layer.bits <= LOW_BITS or _rounds(layer)):
             choose_reach(layer)
     return calls, samples
@@ -93,15 +93,15 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def correct(model: nn.Module, calls: Sequence[Call], *, progress: bool = False) -> None:
     """After the ranges are set: learn the rounding of weights, then move biases, layer by layer, in place."""
-    wanted = sum(_rounds(layer) or layer.config.bias_correction for _, layer in _layers(model))
+    wanted = sum(_rounds(layer) or layer.config.corrects_bias for _, layer in _layers(model))
     if not calls or not wanted:
         return
-    compares = any(layer.config.bias_correction or layer.config.rounding == "adaptive" for _, layer in _layers(model))
+    compares = any(layer.config.corrects_bias or layer.config.rounding == "adaptive" for _, layer in _layers(model))
     with rounding(model):
         for visit in track(walk(model, calls, floats=compares), "correct", enabled=progress):
             if _rounds(visit.layer):
                 ROUND[visit.layer.config.rounding](visit)
-            if visit.layer.config.bias_correction:
+            if visit.layer.config.corrects_bias:
                 correct_bias(visit)
 
 
@@ -111,7 +111,7 @@ def _layers(model: nn.Module) -> list[tuple[str, Fused]]:
 
 def _learns(layer: Fused) -> bool:
     config = layer.config
-    return config.equalize or config.bias_correction or config.rounding != "nearest" or config.observer == "auto"
+    return config.equalize or config.corrects_bias or config.rounding != "nearest" or config.observer == "auto"
 
 
 def _rounds(layer: Fused) -> bool:

@@ -21,8 +21,8 @@ import torch
 
 from torchopt.quantize.corrections.walk import Visit
 from torchopt.quantize.folding import folded_once
-from torchopt.quantize.weight_grid import along
 
+MOST = 1 << 15  # positions that a layer's means are taken over
 ROUNDS = 5  # each takes away most of what the activation's bend and the errors beyond the limit left
 LIMIT = 3.0  # times the mean |error| of a channel
 
@@ -31,8 +31,8 @@ LIMIT = 3.0  # times the mean |error| of a channel
 def correct_bias(visit: Visit) -> None:
     """Set the shift of one layer so that each channel's mean is the float network's, in place."""
     assert visit.layer.shift is not None
-    visit.layer.shift.zero_()
-    visit.layer.shift.copy_(mean_shift(visit))
+    visit.layer.set_shift(torch.zeros_like(visit.layer.shift))
+    visit.layer.set_shift(mean_shift(visit))
 
 
 @torch.no_grad()
@@ -40,26 +40,27 @@ def mean_shift(visit: Visit) -> torch.Tensor:
     """Return what to add to each output channel before the activation f so that Huber's E[f(y)] is kept: float32, (channels,)."""
     layer = visit.layer
     act, layer.act = layer.act, None
+    every = (
+        max(1, sum(y.numel() for y in visit.floats) // (visit.floats[0].shape[layer.channel_axis] * MOST)) | 1
+    )  # odd, so that it does not follow rows
     with folded_once([layer]):
-        rounded = [layer(x) for x in visit.inputs]
+        before = torch.cat([_rows(layer(x), layer.channel_axis, every) for x in visit.inputs])
     layer.act = act
-    axis = layer.channel_axis
-    shift = torch.zeros(rounded[0].shape[axis], device=layer.weight.device)
-    limit = torch.full_like(shift, torch.inf)
+    wanted = torch.cat([_rows(y, layer.channel_axis, every) for y in visit.floats])
+    kept = wanted if act is None else act(wanted.clone())
+    shift = torch.zeros(before.shape[1], device=before.device)
+    most = torch.full_like(shift, torch.inf)
     for _ in range(ROUNDS):
-        total, size, count = torch.zeros_like(shift), torch.zeros_like(shift), torch.zeros_like(shift)
-        for y, before in zip(visit.floats, rounded, strict=True):
-            moved, most = before + along(shift, before.dim(), axis), along(limit, before.dim(), axis)
-            after, moved_after = (y, moved) if act is None else (act(y), act(moved))
-            error = torch.clamp(after - moved_after, -most, most)
-            passes = (after == y) | (moved_after == moved)
-            total += _by_channel(error, axis)
-            size += _by_channel(error.abs() * passes, axis)
-            count += _by_channel(passes.float(), axis)
-        shift += total / count.clamp(min=1)
-        limit = LIMIT * size / count.clamp(min=1)
+        moved = before + shift
+        given = moved if act is None else act(moved.clone())
+        error = torch.clamp(kept - given, -most, most)
+        passes = (kept == wanted) | (given == moved)
+        count = passes.sum(0).clamp(min=1)
+        shift += error.sum(0) / count
+        most = LIMIT * (error.abs() * passes).sum(0) / count
     return shift
 
 
-def _by_channel(y: torch.Tensor, axis: int) -> torch.Tensor:
-    return y.movedim(axis, -1).flatten(0, -2).sum(0)
+def _rows(y: torch.Tensor, axis: int, every: int) -> torch.Tensor:
+    """Every so many positions of a result: (positions, channels)."""
+    return y.movedim(axis, -1).flatten(0, -2)[::every]
