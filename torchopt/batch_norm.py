@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchopt.batches import Batch, model_inputs
 from torchopt.errors import DataError, ModelError
+from torchopt.surgery import evaluating
 
 
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch]) -> int:
@@ -46,16 +47,14 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch]) -> int:
             f"reestimate_batch_norm: {type(model).__name__} has no batch norm with running statistics; leave this out"
         )
     sums = {norm: _Moments(norm) for norm in norms}
-    modes = {module: module.training for module in model.modules()}
     handles = [norm.register_forward_pre_hook(sums[norm].see) for norm in norms]
     saved = [(norm, {name: buffer.clone() for name, buffer in norm._buffers.items() if buffer is not None}) for norm in norms]
     try:
-        _run(model, norms, batches)
+        with evaluating(model):
+            _run(model, norms, batches)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
         for norm, buffers in saved:  # the passes in training mode moved them
             for name, buffer in buffers.items():
                 norm._buffers[name].copy_(buffer)  # type: ignore[union-attr]
@@ -91,8 +90,7 @@ class _Moments:
 
 @torch.no_grad()
 def _run(model: nn.Module, norms: list[_BatchNorm], batches: Iterable[Batch]) -> None:
-    """Forward passes with the batch norms in training mode and everything else, dropout above all, in evaluation mode."""
-    model.eval()
+    """Forward passes with the batch norms in training mode; everything else, dropout above all, is in evaluation mode."""
     for norm in norms:
         norm.train()
     empty = True

@@ -26,7 +26,7 @@ from torchopt.errors import ConfigError, FileError, StateError, TorchoptError
 from torchopt.files import atomic_path
 from torchopt.grid import SUFFIX, grids, set_grid
 from torchopt.prune.plan import apply_plan, plan_of
-from torchopt.quantize import DynamicLinear, FixedQuantize, IntegerKernel, Rounded, can_open, link, open_attentions
+from torchopt.quantize import DynamicLinear, FixedQuantize, IntegerKernel, Rounded, can_open, link_kernels, open_attentions
 from torchopt.rules import Rule
 from torchopt.state import State, find_state
 from torchopt.strict import build
@@ -139,7 +139,7 @@ def _rebuild(fresh: nn.Module, header: Header, tensors: Mapping[str, torch.Tenso
     for name, fields in header["traced"].get("kernels", {}).items():
         fresh.add_module(name, IntegerKernel(*fields))
     rebuilt = rebuild(header["traced"]["graph"], fresh, where)
-    link(rebuilt)
+    link_kernels(rebuilt)
     return rebuilt
 
 

@@ -29,7 +29,7 @@ from torchopt.fallback import faster_rules
 from torchopt.prune import ConstantSparsity, Prune
 from torchopt.prune.plan import plan_of
 from torchopt.refusals import refuse_model, refuse_weights
-from torchopt.rules import Assigned, Rule, assign
+from torchopt.rules import Assigned, Rule, assign, checked
 from torchopt.state import ATTRIBUTE, State, require_state
 from torchopt.weights import Skipped, Weight, custom_weights, find_weight, weights
 
@@ -65,7 +65,7 @@ def prepare(
         0.5
     """
     refuse_model(model)
-    rules = [rules] if isinstance(rules, Rule) else rules
+    rules = checked(rules)
     found = left_behind(weights(model) + custom_weights(model)) if preserve else {}
 
     def quantized(trial: Sequence[Rule]) -> nn.Module:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torchopt.batches import Batch, labels, model_inputs, pieces
 from torchopt.errors import ConfigError, DataError
 from torchopt.progress import track
+from torchopt.surgery import evaluating
 from torchopt.weights import find_weight
 
 SAMPLES = 128  # Kim et al. take 100
@@ -61,19 +62,14 @@ def sample_gradients(
     found = [(name, weight.trainable) for name in names if (weight := find_weight(model, name)) is not None]
     generator = torch.Generator().manual_seed(seed)
     samples = islice((sample for batch in batches for sample in pieces(batch, 1)), SAMPLES)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     empty = True
-    try:
+    with evaluating(model):
         for sample in track(samples, "gradients", enabled=progress):
             empty = False
             with torch.enable_grad():
                 value = _value(model, sample, loss, generator)
                 gradients = torch.autograd.grad(value, [weight for _, weight in found], allow_unused=True)
             yield {name: gradient for (name, _), gradient in zip(found, gradients, strict=True) if gradient is not None}
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     if empty:
         raise DataError("gradients: the loader gave no batch; give at least one, a hundred samples are plenty")
 

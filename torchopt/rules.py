@@ -93,7 +93,7 @@ def assign(model: nn.Module, rules: Sequence[Rule]) -> list[Assigned]:
         >>> [(a.weight.name, a.rule.match) for a in assign(net, [Rule("2", quantize=Quantize()), Rule("*", prune=None)])]
         [('0.weight', '*'), ('2.weight', '2')]
     """
-    rules = _checked(rules)
+    rules = checked(rules)
     candidates = _candidates(model, rules)
     for number, rule in enumerate(rules):
         if not any(rule.covers(w) for w in candidates) or not all(_owners(model, param) for param in rule.params):
@@ -120,7 +120,17 @@ def without_grids(rules: Sequence[Rule], assigned: Iterable[Assigned], names: Co
     return [*exact, *rules]
 
 
-def _checked(rules: Sequence[Rule]) -> list[Rule]:
+def checked(rules: Rule | Sequence[Rule]) -> list[Rule]:
+    """Return rules as a list: one alone is a list of one.
+
+    Raises:
+        ConfigError: something else stands among them.
+        RuleError: there is none.
+
+    Example:
+        >>> [rule.match for rule in checked(Rule("*", prune=None))]
+        ['*']
+    """
     if isinstance(rules, Rule):
         rules = [rules]
     for rule in rules:

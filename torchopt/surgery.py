@@ -1,4 +1,4 @@
-"""Replace modules inside a network, and fold a batch norm into what precedes it.
+"""Find and replace modules inside a network, set its mode for a while, and fold a batch norm into what precedes it.
 
 A module is named by its dotted path from the root. Batch norm at inference is affine per channel, y = a·x + c with
 
@@ -10,8 +10,11 @@ arXiv:1712.05877, §3.2).
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchopt.errors import ModelError
@@ -49,6 +52,37 @@ def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
     if not name:
         raise ModelError("set_module: the path is empty, the root cannot be replaced in itself; name a submodule")
     get_module(model, parent)._modules[name] = module
+
+
+def module_of(traced: nn.Module, node: fx.Node) -> nn.Module | None:
+    """Return the module that a node of a graph calls, or None.
+
+    Example:
+        >>> traced = fx.symbolic_trace(nn.Sequential(nn.ReLU()))
+        >>> [module_of(traced, node) for node in traced.graph.nodes]
+        [None, ReLU(), None]
+    """
+    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and back to the mode of every module.
+
+    Example:
+        >>> layer = nn.Dropout(0.5)
+        >>> with evaluating(layer):
+        ...     inside = layer.training
+        >>> inside, layer.training
+        (False, True)
+    """
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
 
 
 def batch_norm_affine(bn: _BatchNorm) -> tuple[torch.Tensor, torch.Tensor]:

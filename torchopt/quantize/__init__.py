@@ -13,7 +13,7 @@ with warnings.catch_warnings():
     from torchopt.quantize.config import Quantize
     from torchopt.quantize.dynamic import DynamicLinear
     from torchopt.quantize.harm import harms
-    from torchopt.quantize.kernels import IntegerKernel, link
+    from torchopt.quantize.kernels import IntegerKernel, link_kernels
     from torchopt.quantize.rounded import Rounded
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
     "can_open",
     "harms",
     "left_float",
-    "link",
+    "link_kernels",
     "load_ranges",
     "observes",
     "open_attentions",

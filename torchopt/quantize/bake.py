@@ -13,12 +13,12 @@ from torchopt.quantize.dropout import Regularizer
 from torchopt.quantize.front import LEFT
 from torchopt.quantize.fuse import activation_of, ends_of
 from torchopt.quantize.in_place import WEIGHTS_LATER, weights_later
-from torchopt.quantize.kernels import IntegerKernel, link
+from torchopt.quantize.kernels import IntegerKernel, link_kernels
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.naming import name_of_value
 from torchopt.quantize.recurrent import QuantizedRecurrent
 from torchopt.quantize.weight_grid import along, settle, weight_scale
-from torchopt.surgery import set_module
+from torchopt.surgery import module_of, set_module
 
 
 def bake(model: nn.Module) -> nn.Module:
@@ -51,7 +51,7 @@ def bake(model: nn.Module) -> nn.Module:
     model.recompile()
     model.graph._tracer_cls = None  # pickle would trace again by a class that wants to know the network
     quantized = fx.GraphModule(model, model.graph, "Quantized")
-    link(quantized)
+    link_kernels(quantized)
     return quantized.train(model.training)
 
 
@@ -83,7 +83,7 @@ def _check_calibrated(model: nn.Module) -> None:
 def _bake_activations(model: fx.GraphModule) -> None:
     """Write the fused activations into the graph again, and drop those that the following rounding repeats."""
     for node in list(model.graph.nodes):
-        module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        module = module_of(model, node)
         if isinstance(module, Fused) and module.act is not None:
             if not _covered(model, node, module.act):
                 with model.graph.inserting_after(node):  # functions: the network that a file is loaded into has no such module
@@ -100,7 +100,7 @@ def _bake_activations(model: fx.GraphModule) -> None:
 
 def _covered(model: fx.GraphModule, node: fx.Node, activation: nn.Module) -> bool:
     """True where every reader of a ReLU-like value rounds it to a grid that saturates by the activation's ends."""
-    users = [model.get_submodule(str(u.target)) if u.op == "call_module" else None for u in node.users]
+    users = [module_of(model, u) for u in node.users]
     readers = [user for user in users if not isinstance(user, IntegerKernel)]
     return bool(readers) and all(isinstance(r, ActivationQuantizer) and _saturates(r, *ends_of(activation)) for r in readers)
 

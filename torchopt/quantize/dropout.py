@@ -1,4 +1,4 @@
-"""Dropout called as a function: F.dropout(x, p, training=self.training) follows the mode of the traced network, as in the code.
+"""What does something in training alone, and dropout called as a function: both follow the mode of the traced network, as in the code.
 
 A graph holds what `self.training` was when it was traced. So networks are traced in evaluation mode, whose branches are those that are
 deployed, and a function that regularizes by `training=` and found it off becomes a module, which training turns on. One that is on in
@@ -7,13 +7,12 @@ evaluation too (Monte-Carlo dropout) is meant so, and stays.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch.nn.functional as F
 from torch import fx, nn
 
+REGULARIZES = "training"  # what the forward of a module without weights asks for when it does something in training alone
 MODULES: dict[Any, type[nn.Module]] = {
     F.dropout: nn.Dropout,
     F.dropout1d: nn.Dropout1d,
@@ -36,24 +35,17 @@ class Regularizer(nn.Module):
         return self.dropout(x) if self.training else x
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and back to the mode of every module.
+def regularizes(module: nn.Module) -> bool:
+    """True for a module without weights and parts whose forward asks whether it trains: the identity in evaluation.
 
     Example:
-        >>> layer = nn.Dropout(0.5)
-        >>> with evaluating(layer):
-        ...     inside = layer.training
-        >>> inside, layer.training
-        (False, True)
+        >>> from torchvision.ops import StochasticDepth
+        >>> regularizes(StochasticDepth(0.1, "row")), regularizes(nn.ReLU())
+        (True, False)
     """
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode
+    bare = not module._parameters and not module._buffers and not module._modules
+    code = getattr(type(module).forward, "__code__", None)
+    return bare and code is not None and REGULARIZES in code.co_names
 
 
 def as_modules(traced: fx.GraphModule) -> None:

@@ -26,10 +26,12 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from torchopt.quantize.dropout import regularizes
 from torchopt.quantize.fuse import activation_of
 from torchopt.quantize.gates import gate_of
 from torchopt.quantize.targets import Costs, Target
-from torchopt.quantize.trace import example, regularizes
+from torchopt.quantize.trace import example
+from torchopt.surgery import module_of
 
 ENTRANCE = "entrance"  # in the meta of a node: its value is where the integers begin
 LEFT = "_torchopt_left_float"  # on a module: why it stays float
@@ -84,7 +86,7 @@ def _fronts(traced: fx.GraphModule, costs: Costs) -> Iterator[tuple[fx.Node, lis
         cost = _cost(traced, node, costs)
         if cost is None:
             return
-        if node.op == "call_module" and isinstance(traced.get_submodule(str(node.target)), nn.Conv2d):
+        if isinstance(module_of(traced, node), nn.Conv2d):
             layers.append(str(node.target))
         integer, floating, gated = integer + cost.integer, floating + cost.floating, gated or cost.gated
         live = [n for n in nodes[: i + 1] if last[n] > i]
@@ -95,7 +97,7 @@ def _fronts(traced: fx.GraphModule, costs: Costs) -> Iterator[tuple[fx.Node, lis
 
 def _cost(traced: fx.GraphModule, node: fx.Node, costs: Costs) -> Cost | None:
     """What a node costs; None for what is not known, where the front ends."""
-    module = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+    module = module_of(traced, node)
     kind: Any = type(module) if module is not None else node.target
     if node.op == "placeholder":
         return Cost(integer=costs.input * _size(node), floating=0.0) if _size(node) else None

@@ -21,7 +21,7 @@ from torchopt.quantize.gates import expand, gate_of
 from torchopt.quantize.layers import FusedEmbedding, fused
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.targets import Target
-from torchopt.surgery import set_module
+from torchopt.surgery import module_of, set_module
 
 FUNCTIONS: dict[Any, type[nn.Module]] = {torch.relu: nn.ReLU, F.relu: nn.ReLU, F.relu6: nn.ReLU6, torch.relu_: nn.ReLU}
 METHODS = {"relu": nn.ReLU, "relu_": nn.ReLU}
@@ -147,7 +147,7 @@ def _from_integers(traced: fx.GraphModule, node: fx.Node) -> bool:
         if source in seen:
             continue
         seen.add(source)
-        module = traced.get_submodule(str(source.target)) if source.op == "call_module" else None
+        module = module_of(traced, source)
         if isinstance(module, Fused):
             continue
         if source.op in ("placeholder", "get_attr") or (module is not None and any(True for _ in module.parameters())):

@@ -28,13 +28,13 @@ import torch
 from torch import nn
 
 from torchopt.grid import SUFFIX
-from torchopt.quantize.weight_grid import along
+from torchopt.quantize.weight_grid import along, products
 
 SIXTH, HALF = 1 / 6, 0.5  # hardsigmoid(x) = clip(x / 6 + ½, 0, 1)
 
 
 class Affine(NamedTuple):
-    """The grid s·(q − z) of an activation: `scale` and `zero` float32 0-d, and the ends of q."""
+    """The grid s·q of an activation: `scale` and the zero point `zero` float32 0-d, and the ends of q + z."""
 
     scale: torch.Tensor
     zero: torch.Tensor
@@ -42,18 +42,18 @@ class Affine(NamedTuple):
     qmax: int
 
     def steps(self, x: torch.Tensor) -> torch.Tensor:
-        """Return q − z of values on the grid."""
+        """Return q of values on the grid."""
         return torch.round(x / self.scale)
 
 
 def convolution(y: torch.Tensor, step: torch.Tensor, out: Affine) -> torch.Tensor:
-    """Return q of a layer's result y; `step` is s_x·s_w, in a shape that multiplies y."""
+    """Return q + z of a layer's result y; `step` is s_x·s_w, in a shape that multiplies y."""
     n = torch.round(y / step)
     return torch.round(n * (step / out.scale)) + out.zero
 
 
 def addition(grids: Sequence[Affine], out: Affine, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return q of a + b."""
+    """Return q + z of a + b."""
     first, second = grids
     ratio, other = first.scale / out.scale, second.scale / out.scale
     fixed = out.zero - _fused(ratio, first.zero, other * second.zero)
@@ -62,13 +62,13 @@ def addition(grids: Sequence[Affine], out: Affine, a: torch.Tensor, b: torch.Ten
 
 
 def product(grids: Sequence[Affine], out: Affine, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return q of a · b."""
+    """Return q + z of a · b."""
     first, second = grids
     return torch.round(first.steps(a) * second.steps(b) * (first.scale * second.scale / out.scale) + out.zero)
 
 
 def global_mean(grids: Sequence[Affine], out: Affine, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Return q of the mean over all positions of each channel; x (batch, channels, …), y its mean, with or without the dimensions."""
+    """Return q + z of the mean over all positions of each channel; x (batch, channels, …), y its mean, with or without the dimensions."""
     (grid,) = grids
     sums = grid.steps(x).sum(tuple(range(2, x.dim())))
     ratio = grid.scale / (out.scale * math.prod(x.shape[2:]))
@@ -76,12 +76,12 @@ def global_mean(grids: Sequence[Affine], out: Affine, x: torch.Tensor, y: torch.
 
 
 def window_mean(grids: Sequence[Affine], out: Affine, y: torch.Tensor) -> torch.Tensor:
-    """Return q of what an average pool gives."""
+    """Return q + z of what an average pool gives."""
     return torch.round(y / out.scale + out.zero)
 
 
 def hard_sigmoid(grids: Sequence[Affine], out: Affine, x: torch.Tensor) -> torch.Tensor:
-    """Return q of hardsigmoid(x)."""
+    """Return q + z of hardsigmoid(x)."""
     (grid,) = grids
     ratio = grid.scale * SIXTH / out.scale
     fixed = (out.zero - ratio * grid.zero) + HALF / out.scale
@@ -104,8 +104,8 @@ LAYER = "layer"  # the kind of kernel that a convolution or linear layer has
 
 
 @torch.no_grad()
-def layer_integers(layer: Any, y: torch.Tensor, reads: Affine | None, out: Affine | None) -> torch.Tensor | None:
-    """Return q of a layer's result, float32 of the shape of y; None while a grid is not in use.
+def layer_value(layer: Any, y: torch.Tensor, reads: Affine | None, out: Affine | None) -> torch.Tensor | None:
+    """Return a layer's result on its grid, float32 of the shape of y; None while a grid is not in use.
 
     Args:
         layer: a quantized layer that just computed y, or the plain one that it was baked to.
@@ -116,11 +116,9 @@ def layer_integers(layer: Any, y: torch.Tensor, reads: Affine | None, out: Affin
     scale = layer._buffers.get("weight" + SUFFIX, layer.__dict__.get("scale_in_use"))
     if scale is None or reads is None or out is None:
         return None
-    step = reads.scale * scale
     axis = y.dim() - 1 - len(getattr(layer, "kernel_size", ()))
-    if step.dim() and len(step) < y.shape[axis]:  # a transposed convolution in groups: each has the same scales
-        step = step.repeat(y.shape[axis] // len(step))
-    return on_grid(convolution(y.float(), along(step, y.dim(), axis), out), out)  # float: autocast may have left 16 bits
+    step = along(products(reads.scale, scale, y.shape[axis]), y.dim(), axis)
+    return on_grid(convolution(y.float(), step, out), out)  # float: autocast may have left 16 bits
 
 
 class IntegerKernel(nn.Module):
@@ -159,8 +157,7 @@ class IntegerKernel(nn.Module):
         """
         if self.training or not self.rounding or exporting():
             return rounded
-        q = self._value(*(value.detach() for value in values))
-        return instead(rounded, q)
+        return instead(rounded, self._value(*(value.detach() for value in values)))
 
     @torch.no_grad()
     def _value(self, *values: torch.Tensor) -> torch.Tensor | None:
@@ -168,7 +165,7 @@ class IntegerKernel(nn.Module):
         maker, sources, sink = self.linked
         grids, out = [source.affine() for source in sources], sink.affine()
         if self.kind == LAYER:
-            return layer_integers(maker, values[0], grids[0], out)  # y after its activation
+            return layer_value(maker, values[0], grids[0], out)  # y after its activation
         if out is None or any(grid is None for grid in grids):
             return None
         return on_grid(FORMULAS[self.kind](grids, out, *values), out, self.ends)
@@ -182,14 +179,14 @@ class IntegerKernel(nn.Module):
         return f"{self.layer or self.kind}: {', '.join(self.reads)} → {self.writes}"
 
 
-def on_grid(q: torch.Tensor, out: Affine, ends: Sequence[float | None] | None = None) -> torch.Tensor:
-    """Return s·(q − z) of integers that the grid, and the ends of an activation, cut off."""
+def on_grid(codes: torch.Tensor, out: Affine, ends: Sequence[float | None] | None = None) -> torch.Tensor:
+    """Return s·q of integers q + z, cut off where the grid, and an activation, ends."""
     low, high = ((out.qmin - out.zero), (out.qmax - out.zero))
     for bound, end in enumerate(ends or ()):
         if end is not None:
             cut = torch.round(end / out.scale)
             low, high = (torch.maximum(low, cut), high) if bound == 0 else (low, torch.minimum(high, cut))
-    return (q - out.zero).clamp_(low, high).mul_(out.scale)
+    return (codes - out.zero).clamp_(low, high).mul_(out.scale)
 
 
 def instead(rounded: torch.Tensor, value: torch.Tensor | None) -> torch.Tensor:
@@ -202,7 +199,7 @@ def exporting() -> bool:
     return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
 
 
-def link(model: nn.Module) -> None:
+def link_kernels(model: nn.Module) -> None:
     """Let every kernel of a model find its modules again, after some were replaced."""
     for module in model.modules():
         if isinstance(module, IntegerKernel):

@@ -22,9 +22,10 @@ from torch import fx, nn
 from torchopt.quantize.activations import ActivationQuantizer
 from torchopt.quantize.front import PRODUCTS, SUMS
 from torchopt.quantize.fuse import activation_of, ends_of
-from torchopt.quantize.kernels import LAYER, IntegerKernel, link
+from torchopt.quantize.kernels import LAYER, IntegerKernel, link_kernels
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.trace import example
+from torchopt.surgery import module_of
 
 MEANS = {torch.mean, "mean"}
 ADAPTIVE = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
@@ -55,7 +56,7 @@ def match_kernels(traced: fx.GraphModule, grids: dict[fx.Node, str], passes: set
     """
     count = 0
     for node in list(traced.graph.nodes):
-        if not isinstance(_module(traced, node), ActivationQuantizer):
+        if not isinstance(module_of(traced, node), ActivationQuantizer):
             continue
         source, ends = _through(traced, node.args[0], passes)
         found = _match(traced, source, node.args[0])
@@ -68,11 +69,7 @@ def match_kernels(traced: fx.GraphModule, grids: dict[fx.Node, str], passes: set
         node.replace_all_uses_with(kernel, delete_user_cb=lambda user, kernel=kernel: user is not kernel)
         grids[kernel] = str(node.target)
         count += 1
-    link(traced)
-
-
-def _module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+    link_kernels(traced)
 
 
 def _through(traced: fx.GraphModule, node: fx.Node, passes: set[fx.Node]) -> tuple[fx.Node, Ends | None]:
@@ -90,7 +87,7 @@ def _through(traced: fx.GraphModule, node: fx.Node, passes: set[fx.Node]) -> tup
 
 def _match(traced: fx.GraphModule, node: fx.Node, result: fx.Node) -> Match | None:
     """Cases 1 to 5 of the module's docstring; `result` is what the quantizer reads."""
-    module, operands = _module(traced, node), [a for a in node.args if isinstance(a, fx.Node)]
+    module, operands = module_of(traced, node), [a for a in node.args if isinstance(a, fx.Node)]
     kind: Any = type(module) if module is not None else node.target
     if isinstance(module, Fused):
         return None if module.reads is None else Match(LAYER, (operands[0],), (result,), str(node.target))
@@ -111,22 +108,24 @@ def _match(traced: fx.GraphModule, node: fx.Node, result: fx.Node) -> Match | No
 
 def _is_global(kind: Any, module: nn.Module | None, node: fx.Node) -> bool:
     """True for a mean over all positions of each channel."""
-    if isinstance(module, ADAPTIVE) or kind in ADAPTIVE_FUNCTIONS:
-        return _as_set(_output_size(module, node)) == {1}
     rank = getattr(example(node.all_input_nodes[0]), "ndim", 0)
-    return kind in MEANS and rank > 2 and {d % rank for d in _as_set(_argument(node, "dim"))} == set(range(2, rank))
+    over_all = kind in MEANS and rank > 2 and {d % rank for d in _as_set(_argument(node, "dim"))} == set(range(2, rank))
+    return over_all or _sizes(kind, module, node) == {1}
 
 
 def _is_regular(kind: Any, module: nn.Module | None, node: fx.Node) -> bool:
     """True for an adaptive pool whose windows are all alike; with others it is no average pool in the file."""
-    if not (isinstance(module, ADAPTIVE) or kind in ADAPTIVE_FUNCTIONS):
+    if not _sizes(kind, module, node):
         return False
-    size, shapes = _output_size(module, node), [getattr(example(n), "shape", ()) for n in (node.all_input_nodes[0], node)]
-    return size is not None and len(shapes[0]) == len(shapes[1]) > 2 and not any(a % b for a, b in zip(*shapes, strict=True))
+    before, after = (getattr(example(n), "shape", ()) for n in (node.all_input_nodes[0], node))
+    return len(before) == len(after) > 2 and not any(a % b for a, b in zip(before, after, strict=True))
 
 
-def _output_size(module: nn.Module | None, node: fx.Node) -> Any:
-    return module.output_size if isinstance(module, ADAPTIVE) else _argument(node, "output_size")
+def _sizes(kind: Any, module: nn.Module | None, node: fx.Node) -> set[Any]:
+    """What an adaptive pool is asked for; empty for anything else."""
+    if isinstance(module, ADAPTIVE):
+        return _as_set(module.output_size)
+    return _as_set(_argument(node, "output_size")) if kind in ADAPTIVE_FUNCTIONS else set()
 
 
 def _argument(node: fx.Node, name: str) -> Any:

@@ -27,6 +27,7 @@ from torchopt.quantize.weight_grid import (
     along,
     lsq,
     lsq_start,
+    products,
     settle,
     weight_scale,
 )
@@ -172,10 +173,7 @@ class Fused(nn.Module):
         """s_x·s_w of every entry of the bias, or of all; None where no integer kernel adds it."""
         if bias is None or self.reads is None or not (self.reads.ready and self.reads.rounding):
             return None
-        step = self.reads.scale.detach()[0] * scale.detach()
-        if step.dim() and len(step) < len(bias):  # a transposed convolution in groups: each has the same scales
-            step = step.repeat(len(bias) // len(step))
-        return step
+        return products(self.reads.scale.detach()[0], scale.detach(), len(bias))
 
     def _wider(self, bias: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor | float:
         """How many times wider the grid of the weight must be, for the bias to fit into 32 bits.

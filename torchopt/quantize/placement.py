@@ -24,13 +24,15 @@ from torch import fx, nn
 
 from torchopt.quantize.activations import ActivationQuantizer
 from torchopt.quantize.config import Quantize
+from torchopt.quantize.dropout import regularizes
 from torchopt.quantize.front import ENTRANCE
 from torchopt.quantize.fuse import activation_of, ends_of
 from torchopt.quantize.layers import FusedLinear
 from torchopt.quantize.match import match_kernels
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.targets import Target
-from torchopt.quantize.trace import example, regularizes
+from torchopt.quantize.trace import example
+from torchopt.surgery import module_of
 
 SHARE_MODULES = (
     nn.MaxPool1d,
@@ -111,7 +113,7 @@ def _keep_integer_biases(traced: fx.GraphModule) -> None:
     """Tell each layer whose bias the runtime keeps as an integer (convolutions, products with rounded results) which grid it reads."""
     read: dict[Fused, set[ActivationQuantizer | None]] = {}
     for node in traced.graph.nodes:
-        layer = _module(traced, node)
+        layer = module_of(traced, node)
         if isinstance(layer, Fused) and not (isinstance(layer, FusedLinear) and not _is_rounded_product(traced, node)):
             name = _name_of_grid(traced, node.args[0])
             read.setdefault(layer, set()).add(None if name is None else traced.get_submodule(name))  # type: ignore[arg-type]
@@ -123,22 +125,18 @@ def _keep_integer_biases(traced: fx.GraphModule) -> None:
 def _is_rounded_product(traced: fx.GraphModule, node: fx.Node) -> bool:
     """True for a linear layer on rows whose result is rounded: of more dimensions ONNX Runtime adds the bias in float."""
     rows = getattr(example(node), "shape", ())
-    return len(rows) == 2 and all(isinstance(_module(traced, user), ActivationQuantizer) for user in node.users)
+    return len(rows) == 2 and all(isinstance(module_of(traced, user), ActivationQuantizer) for user in node.users)
 
 
 def _name_of_grid(traced: fx.GraphModule, node: Any) -> str | None:
     """The quantizer that a value last went through; only what moves elements may stand between."""
     while isinstance(node, fx.Node):
-        if isinstance(_module(traced, node), ActivationQuantizer):
+        if isinstance(module_of(traced, node), ActivationQuantizer):
             return str(node.target)
         if _kind(traced, node) not in ("share", "pass") or node.target in CONCATENATE:
             return None
         node = node.args[0]
     return None
-
-
-def _module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def _kind(traced: fx.GraphModule, node: fx.Node) -> str:
@@ -176,7 +174,7 @@ def _signs(traced: fx.GraphModule, node: fx.Node, kinds: dict[fx.Node, str]) -> 
     """Whether the operations that make the values which `node` passes on end in a ReLU: one answer each."""
     found = set()
     for source in _tensors(node):
-        module = traced.get_submodule(str(source.target)) if source.op == "call_module" else None
+        module = module_of(traced, source)
         if kinds.get(source) in ("share", "pass"):
             found |= _signs(traced, source, kinds)
         else:
@@ -218,7 +216,7 @@ def _in_vain(traced: fx.GraphModule, kinds: dict[fx.Node, str], integer: set[fx.
 
 
 def _is_linear(traced: fx.GraphModule, node: fx.Node) -> bool:
-    return node.op == "call_module" and isinstance(traced.get_submodule(str(node.target)), FusedLinear)
+    return isinstance(module_of(traced, node), FusedLinear)
 
 
 def _users_to_round(traced: fx.GraphModule, node: fx.Node, kinds: dict[fx.Node, str], integer: set[fx.Node]) -> list[fx.Node]:

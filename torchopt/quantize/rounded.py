@@ -19,7 +19,7 @@ from torchopt.errors import ModelError
 from torchopt.quantize.activations import ActivationQuantizer, FixedQuantize
 from torchopt.quantize.config import Quantize
 from torchopt.quantize.dynamic import called
-from torchopt.quantize.kernels import exporting, instead, layer_integers
+from torchopt.quantize.kernels import exporting, instead, layer_value
 from torchopt.quantize.layers import FusedConv1d, FusedConv2d, FusedConv3d, FusedLinear, layer_class
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.placement import activation_quantizer
@@ -66,7 +66,7 @@ def as_kernel(layer: Any, y: torch.Tensor) -> torch.Tensor:
     rounded: torch.Tensor = layer.output(y)
     if layer.training or exporting():
         return rounded
-    return instead(rounded, layer_integers(layer, y.detach(), layer.input.affine(), layer.output.affine()))
+    return instead(rounded, layer_value(layer, y.detach(), layer.input.affine(), layer.output.affine()))
 
 
 class RoundedLinear(Rounded, nn.Linear):

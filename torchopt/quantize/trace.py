@@ -30,13 +30,13 @@ from torch.fx.proxy import Attribute
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchopt.errors import ModelError
-from torchopt.quantize.dropout import as_modules, evaluating
+from torchopt.quantize.dropout import as_modules, regularizes
 from torchopt.quantize.layers import layer_class
 from torchopt.quantize.mutation import CHANGED, LIBRARIES, take_any_layout, versions, write_as_values
+from torchopt.surgery import evaluating
 
 EXAMPLE = "example"  # in the meta of a node: its value on the example inputs, without data
 OPEN = (nn.Transformer, nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoder, nn.TransformerDecoderLayer)
-REGULARIZES = "training"  # what the forward of a module without weights asks for when it does something in training alone
 
 
 class Unknown(Exception):  # noqa: N818 - no error of a user's
@@ -271,19 +271,6 @@ def forget(graph: fx.Graph) -> None:
     """Drop the examples, of which a graph that is kept has no need."""
     for node in graph.nodes:
         node.meta.pop(EXAMPLE, None)
-
-
-def regularizes(module: nn.Module) -> bool:
-    """True for a module without weights and parts whose forward asks whether it trains: the identity in evaluation.
-
-    Example:
-        >>> from torchvision.ops import StochasticDepth
-        >>> regularizes(StochasticDepth(0.1, "row")), regularizes(nn.ReLU())
-        (True, False)
-    """
-    bare = not module._parameters and not module._buffers and not module._modules
-    code = getattr(type(module).forward, "__code__", None)
-    return bare and code is not None and REGULARIZES in code.co_names
 
 
 def _known(node: fx.Node) -> Any:

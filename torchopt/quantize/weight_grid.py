@@ -51,6 +51,14 @@ def along(scale: torch.Tensor, rank: int, axis: int) -> torch.Tensor:
     return scale.reshape(shape)
 
 
+def products(input_scale: torch.Tensor, weight_scale: torch.Tensor, channels: int) -> torch.Tensor:
+    """Return s_x·s_w, the steps in which an integer kernel adds: (channels,), or () where the weight has one scale."""
+    step = input_scale * weight_scale
+    if step.dim() and len(step) < channels:  # a transposed convolution in groups: each has the same scales
+        return step.repeat(channels // len(step))
+    return step
+
+
 class Snap(torch.autograd.Function):
     """ŵ = s·clamp(round(w/s), −Q, Q); the gradient passes where |w| ≤ s·Q."""
 

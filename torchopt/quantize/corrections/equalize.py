@@ -33,6 +33,7 @@ from torchopt.quantize.kernels import IntegerKernel
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.pieces import Call
 from torchopt.quantize.weight_grid import lsq_start
+from torchopt.surgery import module_of
 from torchopt.weights import Weight
 
 KEEP_MODULES = (
@@ -119,7 +120,7 @@ def groups(model: fx.GraphModule, peaks: dict[fx.Node, torch.Tensor]) -> list[Gr
     of: dict[fx.Node, Group] = {}
     calls = Counter(node.target for node in model.graph.nodes if node.op == "call_module")
     for node in model.graph.nodes:
-        module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        module = module_of(model, node)
         group = of[node] = Group(peak=peaks.get(node))
         if isinstance(module, Fused) and calls[node.target] == 1 and _takes_part(module):
             group.makers.append(module)
@@ -185,7 +186,7 @@ def _multiply(layer: Fused, factor: torch.Tensor) -> None:
 
 
 def _is_linear(model: nn.Module, node: fx.Node) -> bool:
-    return node.op == "call_module" and isinstance(model.get_submodule(str(node.target)), nn.Linear)
+    return isinstance(module_of(model, node), nn.Linear)
 
 
 def _takes_part(layer: Fused) -> bool:

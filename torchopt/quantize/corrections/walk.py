@@ -22,6 +22,7 @@ from torchopt.quantize.folding import folded_once
 from torchopt.quantize.kernels import IntegerKernel
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.pieces import Call
+from torchopt.surgery import module_of
 
 Env = dict[fx.Node, Any]
 
@@ -71,7 +72,7 @@ def walk(model: nn.Module, calls: Sequence[Call], *, floats: bool = True) -> Ite
     for node in model.graph.nodes:
         if node.op == "output":
             return
-        module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        module = module_of(model, node)
         if isinstance(module, Fused):
             yield from _layer(runner, node, module, sides, seen)
         elif node.op != "placeholder":
@@ -111,10 +112,8 @@ def rounding(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     before, training = [part.rounding for part in parts], model.training
     model.eval()
     try:
-        for part in parts:
-            part.rounding = enabled and not isinstance(
-                part, IntegerKernel
-            )  # which side a tie falls to, corrections need not know
+        for part in parts:  # which side a value falls to that lies on the border, corrections need not know
+            part.rounding = enabled and not isinstance(part, IntegerKernel)
         yield
     finally:
         for part, was in zip(parts, before, strict=True):
