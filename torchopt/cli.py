@@ -24,6 +24,13 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON inste
 settings = click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a value of the recipe; repeatable.")
 targets = click.option("--target", default="ort-x86", show_default=True, help="The runtime aimed at.")
 input_shape = click.option("--input-shape", required=True, metavar="C,H,W", help="Shape of one input, without the batch.")
+run_inputs = click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    metavar="NAME:SIZES[:DTYPE]",
+    help="What a file runs on: x:1,3,320,320; once for each input.",
+)
 weights_file = click.option("--weights", metavar="FILE", help="A state_dict (.pt, .pth, .safetensors) to load first.")
 
 
@@ -125,12 +132,13 @@ def inspect(model: str, as_json: bool) -> None:
 @click.argument("models", nargs=-1, required=True)
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of ONNX Runtime.")
 @click.option("--repeats", default=30, show_default=True, type=click.IntRange(3), help="Interleaved rounds.")
+@run_inputs
 @as_json
-def bench(models: Sequence[str], threads: int, repeats: int, as_json: bool) -> None:
+def bench(models: Sequence[str], threads: int, repeats: int, inputs: Sequence[str], as_json: bool) -> None:
     """Time ONNX files against the first, interleaved."""
-    from torchopt.runtime import benchmark
+    from torchopt.runtime import benchmark, parse_inputs
 
-    result = benchmark(list(models), threads=threads, repeats=repeats)
+    result = benchmark(list(models), threads=threads, repeats=repeats, inputs=parse_inputs(inputs) or None)
     show(plain(result), str(result), as_json)
 
 

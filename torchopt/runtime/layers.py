@@ -21,9 +21,11 @@ import torch
 from torch import nn
 
 from torchopt.batches import Batch, model_inputs
-from torchopt.errors import FileError
+from torchopt.errors import FileError, TorchoptError
 from torchopt.export.pack import unpack_model
 from torchopt.export.read import read
+from torchopt.runtime.feed import feed_of_batch
+from torchopt.surgery import evaluating
 from torchopt.weights import weights
 
 DECODES = {"DequantizeLinear", "Cast", "Transpose", "Reshape", "Mul", "Pad", "Slice"}
@@ -122,11 +124,10 @@ def _by_torch(model: nn.Module, batch: Batch, names: set[str]) -> dict[str, list
 
     hooks = [module.register_forward_hook(catch(name)) for name, module in model.named_modules() if name in names]
     args, kwargs = model_inputs(model, batch)
-    training = model.training
     try:
-        model.eval()(*args, **kwargs)
+        with evaluating(model):
+            model(*args, **kwargs)
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     return caught
@@ -148,12 +149,11 @@ def _by_ort(
                 added.type.tensor_type.elem_type = int(values[name].dtype)  # type: ignore[arg-type]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    args, kwargs = model_inputs(model, batch)
     try:
         opened = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        inputs = [spec.name for spec in opened.get_inputs()]
-        feed = dict(zip(inputs, args, strict=False)) | {k: v for k, v in kwargs.items() if k in inputs}
-        outputs = opened.run(wanted, {k: v.detach().cpu().numpy() for k, v in feed.items()})
+        outputs = opened.run(wanted, feed_of_batch(model, opened, batch, str(path)))
+    except TorchoptError:
+        raise
     except Exception as error:  # the runtime's exceptions share no class
         raise FileError(f"{path}: ONNX Runtime does not run it layer by layer: {str(error).strip()[:300]}") from error
     return {name: np.asarray(value, dtype=np.float32) for name, value in zip(wanted, outputs, strict=True)}

@@ -5,21 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
 import onnxruntime
 
 from torchopt.errors import ConfigError, FileError
-
-DTYPES = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(double)": np.float64,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(int8)": np.int8,
-    "tensor(uint8)": np.uint8,
-    "tensor(bool)": np.bool_,
-}
 
 
 def session(
@@ -53,23 +41,3 @@ def session(
     except Exception as error:  # the runtime's exceptions share no class
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
         raise FileError(f"{path}: ONNX Runtime {onnxruntime.__version__} refuses it: {reason}") from error
-
-
-def random_inputs(opened: onnxruntime.InferenceSession, *, batch: int = 1, seed: int = 0) -> dict[str, np.ndarray]:
-    """Return random inputs of the shapes and types that a session asks for, dimensions of free size at `batch`.
-
-    Raises:
-        FileError: an input is of a type that cannot be drawn.
-    """
-    rng = np.random.default_rng(seed)
-    return {spec.name: _draw(rng, spec, batch) for spec in opened.get_inputs()}
-
-
-def _draw(rng: np.random.Generator, spec: onnxruntime.NodeArg, batch: int) -> np.ndarray:
-    shape = [size if isinstance(size, int) and size > 0 else batch for size in spec.shape]
-    dtype = DTYPES.get(spec.type)
-    if dtype is None:
-        raise FileError(f"input {spec.name}: has type {spec.type}, for which no random values are defined; give inputs=")
-    if np.issubdtype(dtype, np.floating):
-        return rng.standard_normal(shape).astype(dtype)
-    return rng.integers(0, 2, shape).astype(dtype)

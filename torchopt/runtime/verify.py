@@ -1,4 +1,4 @@
-"""Proof that the file is the model: weights bit for bit, outputs in quantization steps, predictions one by one."""
+"""Proof that the file is the model: weights bit for bit, all outputs in quantization steps, predictions one by one."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ from torchopt.batches import Batch, model_inputs
 from torchopt.errors import DataError
 from torchopt.export.pack import decode_initializers
 from torchopt.progress import track
+from torchopt.runtime.feed import feed_of_batch
+from torchopt.runtime.inputs import first_line, run
 from torchopt.runtime.layers import layer_differences
+from torchopt.runtime.outputs import Gathered, OutputVerdict, Pair, flat, pairs
 from torchopt.runtime.session import session
+from torchopt.surgery import evaluating
 from torchopt.weights import weights
 
 
@@ -29,15 +33,17 @@ class Verdict:
         weights_equal: every weight that the file names decodes to the torch tensor bit for bit.
         first_difference: the first weight that does not, or None.
         weights_compared: how many were found in both.
-        max_abs: largest difference of an output.
-        max_relative: the same, over the largest output.
-        step: 1/255 of the range of the outputs, the step of an 8-bit grid over them, or None for a float model.
-        max_steps: largest difference in steps, or None for a float model.
-        within_one_step: share of output entries that differ by one step at most, or None.
-        top1_agreement: share of samples whose largest output is the same.
+        max_abs: largest difference in any output.
+        max_relative: the same, over the largest entry of its output.
+        step: 1/255 of the range of an output, the step of an 8-bit grid over it, or None for a float model; of the output that is
+            the furthest apart in steps.
+        max_steps: largest difference in steps in any output, or None for a float model.
+        within_one_step: share of entries that differ by one step at most, in the output where it is smallest, or None.
+        top1_agreement: share of samples whose largest entry of the first output is the same.
         samples: how many were compared.
         layers_compared: how many layers' outputs were compared, on request.
         first_layer: the first layer, in the file's order, whose output is further apart than the tolerance, or None.
+        outputs: each output by itself.
     """
 
     weights_equal: bool
@@ -52,17 +58,33 @@ class Verdict:
     samples: int
     layers_compared: int = 0
     first_layer: str | None = None
+    outputs: tuple[OutputVerdict, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data."""
         return asdict(self)
 
     def __str__(self) -> str:
-        equal = f"{self.weights_compared} weights bit-equal" if self.weights_equal else f"{self.first_difference} DIFFERS"
+        named = (
+            f"{self.weights_compared} weights bit-equal"
+            if self.weights_compared
+            else "no weight of the model is named in the file"
+        )
+        equal = named if self.weights_equal else f"{self.first_difference} DIFFERS"
         steps = f", at most {self.max_steps:.2f} quantization steps apart" if self.max_steps is not None else ""
         return (
             f"{equal}; outputs at most {self.max_abs:.3g} apart ({self.max_relative:.2g} of the largest){steps}; "
-            f"top-1 agreement {self.top1_agreement:.2%} of {self.samples} samples{self._layers()}"
+            f"top-1 agreement {self.top1_agreement:.2%} of {self.samples} samples{self._outputs()}{self._layers()}"
+        )
+
+    def _outputs(self) -> str:
+        if len(self.outputs) < 2:
+            return ""
+        worst = max(self.outputs, key=lambda o: (o.max_steps or 0.0, o.max_relative))
+        return (
+            f"; of {len(self.outputs)} outputs {worst.name} is the furthest apart"
+            if worst.max_abs
+            else f"; {len(self.outputs)} outputs"
         )
 
     def _layers(self) -> str:
@@ -92,29 +114,27 @@ def verify(
         tolerance: of a layer, as a share of its largest output; by default 0.001, or 2/255 where the model is quantized.
 
     Raises:
-        DataError: no batch, one that lacks an input of the file, or NaN in the outputs.
+        DataError: no batch, one that lacks an input of the file or does not fit it, outputs that are not the model's in number or
+            shape, or NaN in them.
         FileError: the file is missing, damaged, or refused.
     """
     compared, different = compare_weights(model, path)
     opened = session(path)
-    training = model.training
-    model.eval()
     first: list[Batch] = []
     kept = _keep_first(track(batches, "verify", enabled=progress), first)
-    pairs = [_outputs(model, opened, batch) for batch in kept]
-    model.train(training)
-    if not pairs:
+    with evaluating(model), torch.no_grad():
+        outputs, agreeing, samples = _compared(model, opened, kept, str(path))
+    if not outputs:
         raise DataError("verify: the loader gave no batch; give at least one")
-    ours, theirs = (np.concatenate(side) for side in zip(*pairs, strict=True))
-    if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
-        raise DataError("verify: an output is NaN or infinite; give finite inputs")
-    verdict = _verdict(ours, theirs, compared, different, output_step(model, ours))
+    quantized = any(type(m).__name__ in ("FixedQuantize", "DynamicLinear") for m in model.modules())
+    found = tuple(output.verdict(quantized) for output in outputs)
+    verdict = _verdict(found, compared, different, agreeing / max(samples, 1), samples)
     if not layers:
         return verdict
     limit = tolerance if tolerance is not None else 1e-3 if verdict.step is None else 2 / 255
-    found = layer_differences(model, path, first[0])
+    apart = layer_differences(model, path, first[0])
     return replace(
-        verdict, layers_compared=len(found), first_layer=next((d.layer for d in found if not d.relative <= limit), None)
+        verdict, layers_compared=len(apart), first_layer=next((d.layer for d in apart if not d.relative <= limit), None)
     )
 
 
@@ -144,50 +164,54 @@ def compare_weights(model: nn.Module, path: str | os.PathLike[str]) -> tuple[int
     return compared, None
 
 
-def output_step(model: nn.Module, outputs: np.ndarray) -> float | None:
-    """Return the quantization step of a quantized model's outputs: their range in 255 steps; None for a float model.
+def _compared(
+    model: nn.Module, opened: onnxruntime.InferenceSession, batches: Iterable[Batch], where: str
+) -> tuple[list[Gathered], int, int]:
+    """All outputs over all batches; of the first, how many samples have the same largest entry, and how many there are."""
+    gathered: list[Gathered] = []
+    agreeing = samples = 0
+    for batch in batches:
+        theirs = run(opened, feed_of_batch(model, opened, batch, where), where)  # first: a model may change its inputs
+        found = pairs(_by_torch(model, batch), theirs, opened, where)
+        gathered = gathered or [Gathered.of(pair) for pair in found]
+        for output, pair in zip(gathered, found, strict=True):
+            output.ours.append(flat(pair.ours))
+            output.theirs.append(flat(pair.theirs))
+        same, count = _top1(found[0]) if found else (0, 0)
+        agreeing, samples = agreeing + same, samples + count
+    return gathered, agreeing, samples
 
-    The last layer's outputs are float: an 8-bit grid over their range is what they would be rounded to.
-    """
-    quantized = any(type(m).__name__ in ("FixedQuantize", "DynamicLinear") for m in model.modules())
-    span = float(outputs.max() - outputs.min())
-    return span / 255 if quantized and span > 0 else None
 
-
-@torch.no_grad()
-def _outputs(model: nn.Module, opened: onnxruntime.InferenceSession, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+def _by_torch(model: nn.Module, batch: Batch) -> Any:
     args, kwargs = model_inputs(model, batch)
-    ours = model(*args, **kwargs)
-    types = {spec.name: spec.type for spec in opened.get_inputs()}
-    feed = dict(zip(types, args, strict=False)) | {k: v for k, v in kwargs.items() if k in types}
-    missing = [name for name in types if name not in feed]
-    if missing:  # arguments with a default, which a tuple leaves to the labels
-        raise DataError(
-            f"verify: the file was exported with {', '.join(missing)}, which a batch does not give; give each batch as a dict of the "
-            "arguments that it was exported with"
-        )
-    theirs = opened.run(None, {k: _fed(v, types[k]) for k, v in feed.items()})[0]
-    first = ours if isinstance(ours, torch.Tensor) else next(iter(ours.values() if isinstance(ours, dict) else ours))
-    return first.detach().cpu().float().numpy(), np.asarray(theirs, dtype=np.float32)
+    try:
+        return model(*args, **kwargs)
+    except Exception as error:  # the model's code raises what it likes
+        raise DataError(f"verify: {type(model).__name__} does not take a batch: {first_line(error)}") from error
 
 
-def _fed(value: torch.Tensor, wanted: str) -> np.ndarray:
-    """An input as the file takes it: float32 where the model computes in another precision."""
-    return (value.detach().cpu().float() if wanted == "tensor(float)" else value.detach().cpu()).numpy()
+def _top1(pair: Pair) -> tuple[int, int]:
+    """How many samples have the same largest entry, and how many there are."""
+    count = len(pair.ours) if pair.ours.dim() else 1
+    if not pair.ours.numel():
+        return count, count
+    ours, theirs = (flat(side).reshape(count, -1).argmax(1) for side in (pair.ours, pair.theirs))
+    return int((ours == theirs).sum()), count
 
 
-def _verdict(ours: np.ndarray, theirs: np.ndarray, compared: int, different: str | None, step: float | None) -> Verdict:
-    apart = np.abs(ours - theirs)
-    flat_ours, flat_theirs = ours.reshape(len(ours), -1), theirs.reshape(len(theirs), -1)
+def _verdict(outputs: tuple[OutputVerdict, ...], compared: int, different: str | None, agreement: float, samples: int) -> Verdict:
+    worst = max((o for o in outputs if o.max_steps is not None), key=lambda o: o.max_steps or 0.0, default=None)
+    shares = [o.within_one_step for o in outputs if o.within_one_step is not None]
     return Verdict(
         weights_equal=different is None,
         first_difference=different,
         weights_compared=compared,
-        max_abs=float(apart.max()),
-        max_relative=float(apart.max() / max(float(np.abs(ours).max()), 1e-30)),
-        step=step,
-        max_steps=None if step is None else float(apart.max() / step),
-        within_one_step=None if step is None else float((apart <= 1.001 * step).mean()),
-        top1_agreement=float((flat_ours.argmax(1) == flat_theirs.argmax(1)).mean()),
-        samples=len(ours),
+        max_abs=max(o.max_abs for o in outputs),
+        max_relative=max(o.max_relative for o in outputs),
+        step=None if worst is None else worst.step,
+        max_steps=None if worst is None else worst.max_steps,
+        within_one_step=min(shares, default=None),
+        top1_agreement=agreement,
+        samples=samples,
+        outputs=outputs,
     )
