@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "torchopt"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = [
-    {"errors", "files", "progress", "packing", "web", "strict", "located", "importing"},
-    {"weights", "grid", "schedule", "batches", "surgery", "state", "traced", "batch_norm", "scratch", "gradients"},
+    {"errors", "files", "progress", "packing", "web", "strict", "located", "importing", "copies"},
+    {"weights", "grid", "schedule", "batches", "surgery", "state", "traced", "batch_norm", "scratch", "gradients", "proof"},
     {"prune", "cluster", "quantize"},
     {"export", "runtime"},
     {"rules", "fallback", "compress", "earlier", "refusals", "accurate", "one_shot", "shrink", "checkpoint", "sensitivity"},

@@ -23,6 +23,7 @@ from torchopt import prune as pruning
 from torchopt import quantize as quantization
 from torchopt.batches import Batch
 from torchopt.cluster import Cluster
+from torchopt.copies import copied, twin
 from torchopt.earlier import Left, left_behind
 from torchopt.errors import RuleError, StateError
 from torchopt.fallback import faster_rules
@@ -74,7 +75,7 @@ def prepare(
             quantization.calibrate(ready, [tuple(example_inputs or ())], progress=False)
         return _baked(ready)
 
-    rules, slower = faster_rules(copy.deepcopy(model), rules, example_inputs, target, quantized)
+    rules, slower = faster_rules(copied(model), rules, example_inputs, target, quantized)
     ready = attach(model, rules, example_inputs, found, target)
     require_state(ready, "prepare")[1].skipped += slower
     return ready
@@ -84,13 +85,14 @@ def attach(
     model: nn.Module, rules: Sequence[Rule], example_inputs: tuple[Any, ...] | None, found: Mapping[str, Left], target: str
 ) -> nn.Module:
     """Return a copy of `model` prepared by `rules`, with what earlier rounds left given; loading a checkpoint repeats this."""
-    ready, plan = copy.deepcopy(model), plan_of(model)
+    ready, plan = copied(model), plan_of(model)
+    origin = twin(ready)
     assigned = assign(ready, rules)
     refuse_weights(assigned)
     ready = _attach_scales(ready, assigned, example_inputs, target)
     skipped = _left_float(ready, assigned) + _attach(ready, assigned, found)
     quantization.settle_scales(ready)
-    state = State(rules, [a.weight.name for a in assigned], target, _signature(example_inputs), found, skipped, plan)
+    state = State(rules, [a.weight.name for a in assigned], target, _signature(example_inputs), found, skipped, plan, origin)
     ready.add_module(ATTRIBUTE, state)
     return ready
 
@@ -133,8 +135,9 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], *, progress: bool = Tr
         StateError: the model was not prepared, or nothing in it observes data.
         DataError: no batch, or NaN in one.
     """
-    prepared, _ = require_state(model, "calibrate")
-    quantization.calibrate(prepared, batches, progress=progress)
+    prepared, state = require_state(model, "calibrate")
+    quantization.calibrate(prepared, batches, origin=state.origin.network, progress=progress)
+    state.origin.network = None
     return model
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,6 +17,7 @@ from torchopt.accurate import Evaluate, accurate
 from torchopt.batch_norm import reestimate_batch_norm
 from torchopt.batches import Batch, model_inputs
 from torchopt.compress import calibrate, finalize, prepare
+from torchopt.copies import copied
 from torchopt.errors import ConfigError
 from torchopt.gradients import Gradients, Loss, sample_gradients
 from torchopt.refusals import refuse_model
@@ -117,7 +117,7 @@ def _ready(
 
 def _unfrozen(model: nn.Module) -> nn.Module:
     """A copy whose weights may all change: freezing is about training, and nothing trains in one shot."""
-    return copy.deepcopy(model).requires_grad_(True)
+    return copied(model).requires_grad_(True)
 
 
 def _by_gradients(model: nn.Module, rules: Sequence[Rule], batches: object, loss: object) -> dict[str, bool]:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from torchopt.copies import Origin
 from torchopt.errors import StateError
 from torchopt.weights import Skipped
 
@@ -32,6 +33,7 @@ class State(nn.Module):
         found: the zeros and shared values that an earlier round left, by weight.
         skipped: the weights left alone, and why.
         plan: the sizes of the network before quantization swapped its modules (`torchopt.prune.plan`).
+        origin: the float network, for a proof at calibration; forgotten once anything has changed.
     """
 
     step: torch.Tensor
@@ -46,6 +48,7 @@ class State(nn.Module):
         found: Mapping[str, tuple[int, int]] | None = None,
         skipped: Sequence[Skipped] = (),
         plan: Mapping[str, Any] | None = None,
+        origin: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.rules = tuple(rules)
@@ -54,6 +57,7 @@ class State(nn.Module):
         self.found = dict(found or {})
         self.skipped = list(skipped)
         self.plan = plan
+        self.origin = Origin(origin)
         self.ranks_agree = False
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("fingerprint", _digest(repr((_chosen(self.rules), sorted(names), target))))
@@ -65,6 +69,7 @@ class State(nn.Module):
     def advance(self) -> int:
         """Count one optimizer step and return its number, 1 for the first."""
         self.step += 1
+        self.origin.network = None
         return int(self.step)
 
     def check_ranks(self) -> None:
@@ -90,6 +95,7 @@ class State(nn.Module):
                 "load_state_dict: the checkpoint was made under other rules, or for other weights, than this model was "
                 "prepared with; prepare the model with the rules of the checkpoint"
             )
+        self.origin.network = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

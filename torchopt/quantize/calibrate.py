@@ -20,6 +20,8 @@ from torchopt.quantize.folding import folded_once
 from torchopt.quantize.naming import name_of_value
 from torchopt.quantize.output_error import choose_ranges
 from torchopt.quantize.pieces import Call, in_pieces, samples_of
+from torchopt.quantize.proving import prove, prove_training
+from torchopt.weights import weights
 
 
 @torch.no_grad()
@@ -45,13 +47,19 @@ def observes(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Iterable[Batch], *, progress: bool = True) -> None:
+def calibrate(model: nn.Module, batches: Iterable[Batch], *, origin: nn.Module | None = None, progress: bool = True) -> None:
     """Run data through the observers, in evaluation mode, set the ranges that they chose, and correct the weights, in place.
+
+    Args:
+        model: what `attach` returned.
+        batches: the data.
+        origin: the float network that the model was made of; given one, the first batch proves that both are one function.
+        progress: show progress bars on stderr.
 
     Raises:
         StateError: nothing in the model observes data.
         DataError: no batch, or an activation that is not finite.
-        ModelError: a correction meets weights that it would spoil.
+        ModelError: a correction meets weights that it would spoil, or the model is not the float network on the first batch.
     """
     quantizers = {name: m for name, m in model.named_modules() if isinstance(m, ActivationQuantizer) and not m.fixed}
     if not quantizers:
@@ -59,7 +67,7 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], *, progress: bool = Tr
     training = model.training
     model.eval()
     try:
-        calls, samples = ahead(model, in_pieces(model, _calls(model, batches)))
+        calls, samples = ahead(model, _proven(origin, model, in_pieces(model, _calls(model, batches))))
         if _observe(model, list(quantizers.values()), track(calls, "calibrate", enabled=progress)) == 0:
             raise DataError("calibrate: the loader gave no batch; give at least one")
         for name, quantizer in quantizers.items():
@@ -68,6 +76,15 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], *, progress: bool = Tr
         correct(model, samples, progress=progress)
     finally:
         model.train(training)
+
+
+def _proven(origin: nn.Module | None, model: nn.Module, calls: Iterable[list[Call]]) -> Iterator[list[Call]]:
+    """Yield the calls, after the first piece of the first has proved that nothing but rounding was changed."""
+    for count, pieces in enumerate(calls):
+        if count == 0 and origin is not None and all(torch.equal(w.value, w.trainable) for w in weights(model)):
+            prove(origin, model, pieces[:1], "preparing")
+            prove_training(origin, model, pieces[:1])
+        yield pieces
 
 
 def _set_range(model: nn.Module, name: str, quantizer: ActivationQuantizer) -> None:

@@ -21,6 +21,7 @@ from torchopt.quantize.gates import expand, gate_of
 from torchopt.quantize.layers import FusedEmbedding, fused
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.targets import Target
+from torchopt.quantize.trace import example
 from torchopt.surgery import module_of, set_module
 
 FUNCTIONS: dict[Any, type[nn.Module]] = {torch.relu: nn.ReLU, F.relu: nn.ReLU, F.relu6: nn.ReLU6, torch.relu_: nn.ReLU}
@@ -110,7 +111,7 @@ def _absorb(traced: fx.GraphModule, node: fx.Node, layer: Fused) -> None:
     if norm is not None and norm.op == "call_module" and layer.bn is None:
         module = traced.get_submodule(str(norm.target))
         once = len(_calls(traced)[str(norm.target)]) == 1
-        if isinstance(module, _BatchNorm) and once and module.track_running_stats:
+        if isinstance(module, _BatchNorm) and once and module.track_running_stats and _over_channels(node, layer):
             layer.bn = module
             _merge(traced, node, norm)
             traced.delete_submodule(str(norm.target))  # one place for it, so that its mode is the layer's to set
@@ -119,6 +120,12 @@ def _absorb(traced: fx.GraphModule, node: fx.Node, layer: Fused) -> None:
     if activation is not None and follower is not None:
         layer.act = activation
         _merge(traced, node, follower)
+
+
+def _over_channels(node: fx.Node, layer: Fused) -> bool:
+    """True where axis 1, which a batch norm normalizes, holds the channels of the layer: not for a linear one over (N, nodes, features)."""
+    value = example(node)
+    return layer.channel_axis == 1 or (isinstance(value, torch.Tensor) and value.dim() == 2)
 
 
 def _lone_norms(traced: fx.GraphModule, config: Quantize, target: Target) -> None:

@@ -17,6 +17,7 @@ class QuantizedRecurrent(nn.Module):
 
     config: Quantize
     bits: int
+    rounding: bool = True
     _flat_weights: list[Any]
     _flat_weight_refs: list[Any]
     _flat_weights_names: list[str]
@@ -42,7 +43,9 @@ class QuantizedRecurrent(nn.Module):
         )  # no -0.0: integers know none
 
     def forward(self, *args: Any) -> Any:
-        """Run the layer on its rounded weights."""
+        """Run the layer on its rounded weights, or on its own while they are not rounded."""
+        if not self.rounding:
+            return super().forward(*args)
         floats, refs = self._flat_weights, self._flat_weight_refs
         names = self._flat_weights_names
         self._flat_weight_refs = [None] * len(names)  # else torch sees other weights than its own, and takes its own again

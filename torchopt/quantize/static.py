@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from torchopt.copies import twin
 from torchopt.errors import ModelError, StateError
 from torchopt.quantize.activations import ActivationQuantizer
 from torchopt.quantize.attention import open_attentions
@@ -25,6 +26,7 @@ from torchopt.quantize.fuse import fuse
 from torchopt.quantize.in_place import in_place, without_graph
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.placement import place
+from torchopt.quantize.proving import examples, prove, prove_training
 from torchopt.quantize.rounded import share_inputs
 from torchopt.quantize.targets import Target
 from torchopt.quantize.trace import QuantizableGraph, forget, trace
@@ -42,9 +44,11 @@ def static(
     """
     if example_inputs is None:
         raise StateError("prepare: static quantization traces the model; give example_inputs=(x,), one call's arguments")
+    origin, calls = twin(model), examples(example_inputs)
     model, assignment = open_attentions(model, assignment)
     try:
         traced, _ = trace(model, example_inputs)
+        prove(origin, traced, calls, "tracing")
     except ModelError:
         if not _can_do_without(model, example_inputs):
             raise
@@ -62,6 +66,8 @@ def static(
         )
     _wait_for_milestones(quantized, next(iter(assignment.values())))
     _try(quantized, example_inputs)
+    prove(origin, quantized, calls, "fusing")
+    prove_training(origin, quantized, calls)
     return quantized
 
 

@@ -36,6 +36,7 @@ from torchopt.quantize.mutation import CHANGED, LIBRARIES, take_any_layout, vers
 from torchopt.surgery import evaluating
 
 EXAMPLE = "example"  # in the meta of a node: its value on the example inputs, without data
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 OPEN = (nn.Transformer, nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoder, nn.TransformerDecoderLayer)
 
 
@@ -172,13 +173,15 @@ class Tracer(QuantizationTracer):
 
 
 class QuantizableGraph(fx.GraphModule):
-    """A graph module whose deep copies keep submodules that the graph does not call, such as torchopt's step counter."""
+    """A graph module whose deep copies keep hooks, and submodules that the graph does not call, such as torchopt's step counter."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizableGraph:
         twin: Any = super().__deepcopy__(memo)
         for name, module in self._modules.items():
             if name not in twin._modules:
                 twin.add_module(name, copy.deepcopy(module, memo))
+        for hooks in HOOKS:
+            twin.__dict__[hooks] = copy.deepcopy(self.__dict__[hooks], memo)
         return twin  # type: ignore[no-any-return]
 
 
@@ -218,6 +221,8 @@ def _traced(model: nn.Module, graph: fx.Graph) -> QuantizableGraph:
     write_as_values(model, graph, example)
     traced = QuantizableGraph(model, graph, type(model).__name__)
     as_modules(traced)
+    for hooks in HOOKS:
+        traced.__dict__[hooks].update(model.__dict__[hooks])
     traced.train(model.training)
     return traced
 
