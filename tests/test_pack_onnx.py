@@ -64,7 +64,7 @@ def test_opsets_that_cannot_decode_are_refused(tmp_path, opset):
 
 
 def test_P7_what_stays_dense_and_why(tmp_path):
-    """One weight of each reason; a large Constant node is packed like an initializer."""
+    """One weight of each reason; large Constant nodes and initializers of branches are packed like initializers."""
     w = weight(0.8, 16)
     inner = helper.make_graph(
         [helper.make_node("MatMul", ["x", "inner"], ["then"])],
@@ -85,9 +85,8 @@ def test_P7_what_stays_dense_and_why(tmp_path):
     constants = [numpy_helper.from_array(value, name) for name, value in values.items()]
     graph_of(tmp_path / "a.onnx", nodes, constants, [given], ("y", "shown"))
     report = pack(tmp_path / "a.onnx", tmp_path / "b.onnx")
-    assert [row.name for row in report.rows] == ["constant"]
+    assert [row.name for row in report.rows] == ["constant", "inner", "branch/then_branch/inner"]
     assert {entry.name: entry.reason for entry in report.left} == {
-        "inner": "inside a subgraph or a function",
         "given": "inputs of the model too, which a caller may replace",
         "shown": "outputs of the model too",
         "noise": "no smaller form",
@@ -125,7 +124,7 @@ def test_names_of_ours_in_use_are_left_alone(tmp_path):
     np.testing.assert_array_equal(run(tmp_path / "a.onnx"), run(tmp_path / "b.onnx"))
 
 
-def test_weights_that_are_inputs_or_outputs_or_in_a_branch_are_left_alone(tmp_path):
+def test_weights_that_are_inputs_or_outputs_are_left_alone_and_those_in_a_branch_are_packed(tmp_path):
     shape = [96, 128]
     branch = [
         helper.make_graph(
@@ -152,7 +151,7 @@ def test_weights_that_are_inputs_or_outputs_or_in_a_branch_are_left_alone(tmp_pa
         ("y", "shown"),
     )
     report = pack(tmp_path / "a.onnx", tmp_path / "b.onnx")
-    assert [row.name for row in report.rows] == ["outer"]
+    assert [row.name for row in report.rows] == ["outer", "inner"]
     np.testing.assert_array_equal(run(tmp_path / "a.onnx"), run(tmp_path / "b.onnx"))
     unpack(tmp_path / "b.onnx", tmp_path / "c.onnx")
     before, after = ({i.name: i for i in onnx.load(tmp_path / f).graph.initializer} for f in ("a.onnx", "c.onnx"))

@@ -103,7 +103,7 @@ def test_P7_typed_data_wide_types_and_what_packing_does_not_know_stay_bit_for_bi
     assert back.graph.quantization_annotation == model.graph.quantization_annotation
 
 
-def test_P7_functions_loops_and_their_large_constants_are_left_alone(tmp_path):
+def test_P7_the_large_constants_of_functions_and_loops_are_packed_and_come_back(tmp_path):
     w = weight(0.8, 16)
     constant = helper.make_node("Constant", [], ["v"], value=numpy_helper.from_array(w))
     function = helper.make_function(
@@ -140,7 +140,7 @@ def test_P7_functions_loops_and_their_large_constants_are_left_alone(tmp_path):
     model.functions.append(function)
     model.opset_import.add(domain="theirs", version=1)
     onnx.save(model, tmp_path / "a.onnx")
-    round_trip(tmp_path, ["w"])
+    round_trip(tmp_path, ["w", "u", "v"])
     back = onnx.load(tmp_path / "c.onnx")
     assert list(back.functions) == [function]
     assert list(back.graph.node) == nodes

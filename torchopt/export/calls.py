@@ -21,58 +21,80 @@ import onnx_ir as ir
 
 from torchopt.export.blocks import FOUR_BITS, filled, in_two
 from torchopt.export.decoders import DOMAIN, function_name, functions
+from torchopt.export.scopes import Constant, View, constant_of
 from torchopt.export.tensors import bytes_of
 from torchopt.packing import Encoding, from_pairs, from_parts, in_pairs, padded, to_parts
 
 
 class Names:
-    """Short names that nothing in the model has, subgraphs included; equal constants get the same one."""
+    """Short names that nothing in the model has, subgraphs and functions included; equal constants get the same one."""
 
-    def __init__(self, model: ir.Model) -> None:
-        self.taken = {str(v.name) for v in (*model.graph.inputs, *model.graph.initializers.values())}
-        self.known: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
-        for node in ir.traversal.RecursiveGraphIterator(model.graph):
+    def __init__(self, view: View) -> None:
+        self.taken: set[str] = set()
+        self.known: dict[tuple[int, str, tuple[int, ...], bytes], ir.Value] = {}
+        for scope in view.scopes:
+            initializers = scope.body.initializers.values() if isinstance(scope.body, ir.Graph) else ()
+            self.taken.update(str(v.name) for v in (*scope.body.inputs, *initializers))
+        for _, node in view.nodes:
             self.taken.update(str(v.name) for v in (*node.inputs, *node.outputs) if v is not None)
-            for attribute in node.attributes.values():
-                graphs = [attribute.as_graph()] if attribute.type == ir.AttributeType.GRAPH else []
-                self.taken.update(str(v.name) for g in graphs for v in (*g.inputs, *g.initializers.values()))
         self.number = 0
 
-    def constant(self, graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-        """Return an initializer that holds `tensor`, a new one or an equal one of an earlier call."""
+    def constant(self, root: ir.Graph | ir.Function, tensor: ir.TensorProtocol) -> ir.Value:
+        """Return a constant that holds `tensor`, a new one or an equal one of an earlier call.
+
+        Args:
+            root: the main graph, whose initializers all scopes below see, or a function, which has none: there it is a node.
+            tensor: the data.
+        """
         shape = tensor.shape.numpy()
-        key = (str(tensor.dtype), tuple(shape), hashlib.sha256(bytes_of(tensor).data).digest())
+        key = (id(root), str(tensor.dtype), tuple(shape), hashlib.sha256(bytes_of(tensor).data).digest())
         if key not in self.known:
             while f"_{self.number:x}" in self.taken:
                 self.number += 1
             name = f"_{self.number:x}"
-            value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(shape), type=ir.TensorType(tensor.dtype))
-            self.taken.add(str(value.name))
-            graph.register_initializer(value)
-            self.known[key] = value
+            self.taken.add(name)
+            self.known[key] = _held(root, tensor, name)
         return self.known[key]
 
 
-def replace(model: ir.Model, value: ir.Value, encoding: Encoding, opset: int, names: Names) -> None:
-    """Put a call of the decoding function in the place of an initializer."""
-    graph, name, users = model.graph, str(value.name), list(value.uses())
+def _held(root: ir.Graph | ir.Function, tensor: ir.TensorProtocol, name: str) -> ir.Value:
+    if isinstance(root, ir.Graph):
+        value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype))
+        root.register_initializer(value)
+        return value
+    node = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)])
+    node.outputs[0].name = name
+    root.insert_before(next(iter(root)), node)
+    node.name = None
+    return node.outputs[0]
+
+
+def replace(model: ir.Model, constant: Constant, encoding: Encoding, opset: int, names: Names) -> ir.Node:
+    """Put a call of the decoding function in the place of a constant, and return it."""
+    value, body, root = constant.value, constant.scope.body, constant.scope.root
+    name, users, old = str(value.name), list(value.uses()), value.producer()
     kind = function_name(encoding, opset)
     if (DOMAIN, kind, "") not in model.functions:
         for function in functions(encoding, opset):
             model.functions[function.identifier()] = function
         model.opset_imports[DOMAIN] = 1
-    graph.initializers.pop(name)
+    if isinstance(root, ir.Function):
+        root.opset_imports[DOMAIN] = 1
+    if old is None and isinstance(body, ir.Graph):
+        body.initializers.pop(name)
     value.name = None
-    inputs = [names.constant(graph, data) for data in _arrays(encoding, opset)]
+    inputs = [names.constant(root, data) for data in _arrays(encoding, opset)]
     node = ir.Node(DOMAIN, kind, inputs, list(_attributes(encoding, opset)))
     output = node.outputs[0]
     output.name = name
     output.meta.update(value.meta)  # what others wrote about it
-    first = next(iter(graph))
-    graph.insert_before(first, node)
+    body.insert_before(old if old is not None else next(iter(body)), node)
     node.name = None  # the graph gave it one: bytes
     for user, index in users:
         user.replace_input_with(index, output)
+    if old is not None:
+        body.remove(old, safe=True)
+    return node
 
 
 def _arrays(encoding: Encoding, opset: int) -> Iterator[ir.TensorProtocol]:
@@ -121,6 +143,11 @@ def _attributes(encoding: Encoding, opset: int) -> Iterator[ir.Attr]:
             yield ir.AttrInt64s(f"p{number}", [len(symbols)])
 
 
+def _tensor(value: ir.Value) -> ir.TensorProtocol | None:
+    node = value.producer()
+    return value.const_value if node is None else constant_of(node)
+
+
 _KIND = re.compile(r"u?(?:(m)|g([2-8]))?([tTcor])([1-8])?((?:p[2-8])*)")
 
 
@@ -140,7 +167,7 @@ class Call:
             ValueError: it is none.
             KeyError: it tells no shape.
         """
-        data = [v.const_value for v in node.inputs if v is not None]
+        data = [_tensor(v) for v in node.inputs if v is not None]
         constants = [d for d in data if d is not None]
         if _KIND.fullmatch(node.op_type) is None or not data or len(constants) < len(data):
             raise ValueError("an operand is no constant" if _KIND.fullmatch(node.op_type) else f"kind {node.op_type!r}")

@@ -5,9 +5,9 @@
 3. h → Cast                                                    float16 weights
 4. q → Transpose → MatMulInteger → Cast → Mul(x_scale · s)     q · s, the weight is (outputs, inputs)
 5. q → Pad, Reshape, Slice, Transpose → DequantizeLinear(s)    q · s, each where q has it, the zeros around it left out
-6. u → MatMulNBits(s)                                          (q − 8) · s, two codes a byte, a scale a block
+6. u → MatMulNBits(s, z), GatherBlockQuantized                 (q − z) · s, codes side by side in bytes, a scale a block (`nbits`)
 
-A scale may itself be float16, with a Cast.
+A scale may itself be float16, with a Cast. The weight may stand in any scope: in a Constant node, a branch, a body, a function.
 """
 
 from __future__ import annotations
@@ -19,24 +19,50 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from torchopt.export.nbits import KINDS, BlockCodes, Lookup, block_codes
+from torchopt.export.scopes import View
+
 WIDENED = 64  # times as large: more than any channels of zeros make a weight; a small file never claims a huge one
 
 
 def weight_values(model: ir.Model) -> dict[str, np.ndarray]:
-    """Return the value of each initializer of an unpacked graph, integers times their scale, by name."""
-    raw = {str(name): v.const_value.numpy() for name, v in model.graph.initializers.items() if v.const_value is not None}
-    values = dict(raw)
-    for name in raw:
-        for user, index in model.graph.initializers[name].uses():
-            if index == (1 if user.op_type == "MatMulNBits" else 0) and (value := _value(raw[name], user, raw)) is not None:
-                values[name] = value
+    """Return the value of each constant of an unpacked model, integers times their scale, by name; the first one's of a name."""
+    view = View(model)
+    lookup = _lookup(view)
+    values: dict[str, np.ndarray] = {}
+    for constant in view.constants:
+        raw = lookup(constant.value)
+        if raw is None or constant.name in values:
+            continue
+        values[constant.name] = raw
+        for user, index in constant.value.uses():
+            if index == KINDS.get(user.op_type, 0) and (value := _value(raw, user, lookup)) is not None:
+                values[constant.name] = value
     return values
 
 
-def two_a_byte(model: ir.Model) -> list[str]:
-    """Return the names of the weights that hold two 4-bit codes a byte, packed or not."""
-    found = [node.inputs[1] for node in model.graph if node.op_type == "MatMulNBits"]
-    return list(dict.fromkeys(str(value.name) for value in found if value is not None))
+def weights_in_blocks(model: ir.Model) -> dict[str, BlockCodes]:
+    """Return the weights of an unpacked model whose codes lie side by side in bytes, by the name of the constant that holds them."""
+    view = View(model)
+    lookup = _lookup(view)
+    found = {}
+    for _, node in view.nodes:
+        codes = block_codes(node, lambda value: _constant(value, lookup))
+        weight = node.inputs[KINDS[node.op_type]] if codes is not None else None
+        if codes is not None and weight is not None:
+            found[str(weight.name)] = codes
+    return found
+
+
+def _lookup(view: View) -> Lookup:
+    """What gives the array of a constant of a model, and None for other values."""
+    known = {id(c.value): c.tensor for c in view.constants if c.tensor is not None and c.tensor.dtype != ir.DataType.STRING}
+
+    def lookup(value: ir.Value | None) -> np.ndarray | None:
+        tensor = known.get(id(value))
+        return None if tensor is None else tensor.numpy()
+
+    return lookup
 
 
 def halves(stored: np.ndarray) -> np.ndarray:
@@ -49,12 +75,11 @@ def halves(stored: np.ndarray) -> np.ndarray:
     return (np.stack([stored & 15, stored >> 4], axis=-1).astype(np.int8) - 8).reshape(len(stored), -1)
 
 
-def _value(stored: np.ndarray, user: ir.Node, raw: dict[str, np.ndarray]) -> np.ndarray | None:
+def _value(stored: np.ndarray, user: ir.Node, raw: Lookup) -> np.ndarray | None:
     """What an initializer stands for by the node that reads it first, or None where it stands for itself."""
-    if user.op_type == "MatMulNBits":
-        scale = _constant(user.inputs[2], raw)
-        block = user.attributes["block_size"].as_int()
-        return None if scale is None else halves(stored).astype(np.float32) * scale.repeat(block, axis=1)
+    if user.op_type in KINDS:
+        codes = block_codes(user, lambda v: _constant(v, raw))
+        return None if codes is None else codes.values
     if user.op_type == "DequantizeLinear":
         return _dequantized(stored, user, raw)
     if user.op_type == "Cast":
@@ -73,7 +98,7 @@ def _value(stored: np.ndarray, user: ir.Node, raw: dict[str, np.ndarray]) -> np.
     return _transposed(stored, user, raw) if user.op_type == "Transpose" else None
 
 
-def _moved(stored: np.ndarray, node: ir.Node | None, raw: dict[str, np.ndarray]) -> np.ndarray | None:
+def _moved(stored: np.ndarray, node: ir.Node | None, raw: Lookup) -> np.ndarray | None:
     """Case 5: the places of the elements are moved with them, from 1 on, and 0 is what was added."""
     codes, places = stored, np.arange(1, stored.size + 1).reshape(stored.shape)
     while node is not None and node.op_type in MOVES:
@@ -88,6 +113,8 @@ def _moved(stored: np.ndarray, node: ir.Node | None, raw: dict[str, np.ndarray])
     if node is None or node.op_type != "DequantizeLinear":
         return None
     value, real = _dequantized(codes, node, raw), places > 0
+    if value is None:
+        return None
     back = np.empty(stored.size, np.float32)
     back[places[real] - 1] = value[real]
     return back.reshape(stored.shape) if np.count_nonzero(real) == stored.size else None
@@ -115,7 +142,7 @@ MOVES: dict[str, Callable[[np.ndarray, ir.Node, list[Any]], np.ndarray]] = {
 }
 
 
-def _transposed(stored: np.ndarray, user: ir.Node, raw: dict[str, np.ndarray]) -> np.ndarray | None:
+def _transposed(stored: np.ndarray, user: ir.Node, raw: Lookup) -> np.ndarray | None:
     """Case 4."""
     product = _reader(user, "MatMulInteger")
     cast = _reader(product, "Cast") if product is not None else None
@@ -129,29 +156,35 @@ def _reader(node: ir.Node, kind: str) -> ir.Node | None:
     return next((user for user, _ in node.outputs[0].uses() if user.op_type == kind), None)
 
 
-def _scale(node: ir.Node | None, raw: dict[str, np.ndarray]) -> np.ndarray | None:
+def _scale(node: ir.Node | None, raw: Lookup) -> np.ndarray | None:
     """The constant operand of a multiplication."""
     operands = [_constant(v, raw) for v in node.inputs] if node is not None else []
     return next((operand for operand in operands if operand is not None), None)
 
 
-def _constant(value: ir.Value | None, raw: dict[str, np.ndarray]) -> np.ndarray | None:
+def _constant(value: ir.Value | None, raw: Lookup) -> np.ndarray | None:
     """A constant, also one that is stored as float16; None for what is computed."""
     cast = value.producer() if value is not None else None
     if cast is not None and cast.op_type == "Cast" and cast.inputs[0] is not None:
-        stored = raw.get(str(cast.inputs[0].name))
+        stored = raw(cast.inputs[0])
         return stored.astype(np.float32) if stored is not None and stored.dtype == np.float16 else None
-    return raw.get(str(value.name)) if value is not None else None
+    return raw(value)
 
 
-def _dequantized(q: np.ndarray, node: ir.Node, raw: dict[str, np.ndarray]) -> np.ndarray:
+def _dequantized(q: np.ndarray, node: ir.Node, raw: Lookup) -> np.ndarray | None:
     operands = [_constant(v, raw) for v in node.inputs]
-    scale, zero_point = operands[1], operands[2] if len(operands) > 2 else None
-    assert scale is not None
-    zero_point = np.zeros(1, q.dtype) if zero_point is None else zero_point
+    scale, zero = operands[1], operands[2] if len(operands) > 2 else None
+    if scale is None or (zero is None and len(node.inputs) > 2 and node.inputs[2] is not None):
+        return None  # a scale that is computed
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
+    block = node.attributes["block_size"].as_int() if "block_size" in node.attributes else 0
 
     def spread(array: np.ndarray) -> np.ndarray:
+        if block:
+            return array.repeat(block, axis=axis)[tuple(slice(size) for size in q.shape)]
         return array.reshape([-1 if i == axis % q.ndim else 1 for i in range(q.ndim)]) if array.size > 1 else array.reshape(())
 
-    return (q.astype(np.float32) - spread(zero_point).astype(np.float32)) * spread(scale)
+    codes = q.astype(np.float32)
+    if zero is not None:
+        codes = codes - spread(zero).astype(np.float32)
+    return np.asarray((codes * spread(scale).astype(np.float32)).astype(scale.dtype))

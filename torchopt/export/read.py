@@ -9,6 +9,7 @@ import logging
 import math
 import mmap
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import onnx_ir as ir
 from onnx import TensorProto
 
 from torchopt.errors import FileError
-from torchopt.export.sparse import densify, densify_nodes
+from torchopt.export.sparse import check_names, densify, densify_nodes
 from torchopt.export.tensors import places
 from torchopt.export.wire import HERE, without_data
 
@@ -25,8 +26,10 @@ IN_A_BYTE: dict[int, int] = {  # elements of the types that share a byte
     **dict.fromkeys((TensorProto.UINT4, TensorProto.INT4, TensorProto.FLOAT4E2M1), 2),
     **dict.fromkeys((TensorProto.UINT2, TensorProto.INT2), 4),
 }
+TYPED = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
+ORT_FORMAT = b"ORTM"  # at byte 4, the mark of a flat buffer
 LIMIT = 2**31 - 1  # bytes of one message of protocol buffers
-KEPT = "torchopt.kept"  # in `model.meta`: what onnx-ir does not carry
+KEPT, SHAPES = "torchopt.kept", "torchopt.shapes"  # in `meta` of a model and of its graphs: what onnx-ir does not carry
 EXTERNAL, SOURCES = "torchopt.external", "torchopt.sources"  # whether data lie beside the file; the files, mapped
 
 
@@ -59,27 +62,62 @@ def read(path: str | os.PathLike[str]) -> ir.Model:
 
 def _read(path: Path) -> ir.Model:
     data = mapped(path)
+    if data[4:8] == ORT_FORMAT:
+        raise ValueError("it is in ONNX Runtime's own format, .ort: give the .onnx file that it was made from")
     if len(data) > LIMIT:
         raise ValueError(f"it has {len(data) / 1e9:.2f} GB, and one file holds 2 GB at most: the rest lies beside it")
-    proto = onnx.ModelProto.FromString(without_data(data))
+    message = without_data(data)
+    proto = onnx.ModelProto.FromString(message)
+    check_names(proto.graph)
     densify(proto.graph)
     for function in proto.functions:
         densify_nodes(function.node)
     model = ir.serde.deserialize_model(proto)
-    sources = {HERE: data}
+    if _fill(model, path, data) != message.count(HERE.encode()):
+        raise ValueError("a tensor lies where ONNX has none")
+    for graph, written in pairs(model, proto):
+        graph.meta[SHAPES] = [*written.value_info]
+    model.meta[KEPT] = onnx.ModelProto(training_info=proto.training_info)
+    return model
+
+
+def _fill(model: ir.Model, path: Path, data: mmap.mmap) -> int:
+    """Give the tensors their data; return how many of them lie in the model's own file, apart from its message."""
+    sources, own = {HERE: data}, 0
     for tensor, put in places(model):
         if isinstance(tensor, ir.ExternalTensor):
             location = str(tensor.location)
             if location not in sources:
-                sources[location] = mapped(_beside(path, location))
+                sources[location] = mapped(beside(path, location))
             put(_view(tensor, sources[location]))
+            own += location == HERE
         elif isinstance(tensor, ir.serde.TensorProtoTensor):
             _check_size(tensor.raw)
             tensor.numpy()  # fails where the bytes do not fit the shape
-    model.meta[KEPT] = onnx.ModelProto(training_info=proto.training_info)
     model.meta[EXTERNAL] = len(sources) > 1
     model.meta[SOURCES] = list(sources.values())
-    return model
+    return own
+
+
+def pairs(model: ir.Model, proto: onnx.ModelProto) -> Iterator[tuple[ir.Graph, onnx.GraphProto]]:
+    """Yield each graph of a model, subgraphs included, with the message that says the same."""
+    graphs: list[tuple[ir.Graph, onnx.GraphProto]] = [(model.graph, proto.graph)]
+    bodies: list[tuple[Iterable[ir.Node], Iterable[onnx.NodeProto]]] = [(model.graph, proto.graph.node)]
+    functions = {(f.domain, f.name, f.overload): f for f in proto.functions}
+    bodies += [(f, functions[key].node) for key, f in model.functions.items() if key in functions]
+    for nodes, messages in bodies:  # it grows
+        for node, message in zip(nodes, messages, strict=True):
+            for attribute in message.attribute:
+                found = node.attributes.get(attribute.name)
+                if found is None or found.is_ref():
+                    continue
+                if found.type == ir.AttributeType.GRAPH:
+                    graphs.append((found.as_graph(), attribute.g))
+                    bodies.append((found.as_graph(), attribute.g.node))
+                elif found.type == ir.AttributeType.GRAPHS:
+                    graphs += zip(found.as_graphs(), attribute.graphs, strict=True)
+                    bodies += [(g, m.node) for g, m in zip(found.as_graphs(), attribute.graphs, strict=True)]
+    yield from graphs
 
 
 def release(model: ir.Model) -> None:
@@ -100,11 +138,18 @@ def mapped(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _beside(path: Path, location: str) -> Path:
-    """The file at a location relative to the model's; none outside its folder, also by no symbolic link."""
-    folder = path.parent.resolve()
-    found = (folder / location).resolve()
-    if not found.is_relative_to(folder):
+def beside(path: Path, location: str) -> Path:
+    """Return the file at a location relative to the model's; none outside its folder.
+
+    Both may be links, as in the cache of a model hub, whose files are links into a folder of blobs. So the data lie where they may if
+    they are below the folder of the model's link or, all links followed, below that of the model itself. ONNX Runtime takes the same.
+
+    Raises:
+        ValueError: it lies elsewhere, or is not there.
+    """
+    found = (path.parent / location).resolve()
+    inside = not os.path.isabs(location) and os.path.normpath(location).split(os.sep)[0] != os.pardir
+    if not inside or not any(found.is_relative_to(folder) for folder in (path.parent.resolve(), path.resolve().parent)):
         raise ValueError(f"its data lie in {location!r}, outside its folder")
     if not found.is_file():
         raise ValueError(f"its data lie in {location!r}, and there is no such file")
@@ -127,9 +172,18 @@ def _view(tensor: ir.ExternalTensor, data: mmap.mmap) -> ir.TensorProtocol:
 
 
 def _check_size(tensor: TensorProto) -> None:
-    """Where elements share a byte, onnx-ir makes an array of the size that the file claims, whatever bytes there are."""
-    shared = IN_A_BYTE.get(tensor.data_type)
-    if shared is not None:
-        count, there = math.prod(tensor.dims), len(tensor.raw_data) or len(tensor.int32_data)
-        if there != -(-count // shared):
-            raise ValueError(f"tensor {tensor.name!r} has {there} bytes for {count} elements")
+    """Refuse a tensor that holds more or fewer elements than its shape says, and one without a type.
+
+    Where elements share a byte, onnx-ir makes an array of the size that the file claims; of no data at all it makes zeros.
+    """
+    count, kind = math.prod(tensor.dims), tensor.data_type
+    if kind == TensorProto.UNDEFINED or min(tensor.dims, default=0) < 0:
+        raise ValueError(f"tensor {tensor.name!r} has the shape {tuple(tensor.dims)} and type {kind}")
+    shared = IN_A_BYTE.get(kind, 1)
+    if tensor.HasField("raw_data") and kind != TensorProto.STRING:
+        there, needed = len(tensor.raw_data), -(-count * ir.DataType(kind).bitwidth // 8)
+    else:
+        there = sum(len(getattr(tensor, f)) for f in TYPED if f == onnx.helper.tensor_dtype_to_field(kind))
+        needed = -(-count // shared) * (2 if kind in (TensorProto.COMPLEX64, TensorProto.COMPLEX128) else 1)
+    if there != needed:
+        raise ValueError(f"tensor {tensor.name!r} has {there} bytes or numbers for {count} elements")

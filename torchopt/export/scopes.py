@@ -61,10 +61,12 @@ class Scope:
     Attributes:
         name: "" of the main graph; else as "y/then_branch" (by the node's name, or that of its first output) or "domain::function".
         body: what holds its nodes.
+        root: the main graph, or the function that it lies in.
     """
 
     name: str
     body: ir.Graph | ir.Function
+    root: ir.Graph | ir.Function
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -133,7 +135,7 @@ class View:
 
     def __init__(self, model: ir.Model) -> None:
         self._functions = model.functions
-        self.scopes = list(_scopes(model))
+        self.scopes = list(scopes_of(model))
         self.nodes = [(scope, node) for scope in self.scopes for node in scope.body]
         self._handed = self._parameters()
         self.constants = [constant for scope in self.scopes for constant in self._constants(scope)]
@@ -235,9 +237,10 @@ def constant_of(node: ir.Node) -> ir.TensorProtocol | None:
     return ir.tensor(np.array(attribute.value, np.int64)) if attribute.type in (kinds.INT, kinds.INTS) else None
 
 
-def _scopes(model: ir.Model) -> Iterator[Scope]:
-    roots = [Scope(name="", body=model.graph)]
-    roots += [Scope(name=f"{f.domain}::{f.name}", body=f) for f in model.functions.values() if f.domain != DOMAIN]
+def scopes_of(model: ir.Model) -> Iterator[Scope]:
+    """Yield the main graph, then what lies in it, then each function and what lies in it; decoders of packed weights are left out."""
+    roots = [Scope(name="", body=model.graph, root=model.graph)]
+    roots += [Scope(name=f"{f.domain}::{f.name}", body=f, root=f) for f in model.functions.values() if f.domain != DOMAIN]
     while roots:
         scope = roots.pop(0)
         yield scope
@@ -248,7 +251,7 @@ def _scopes(model: ir.Model) -> Iterator[Scope]:
                 graphs = _graphs(attribute)
                 for number, graph in enumerate(graphs):
                     own = f"{name}/{attribute.name}" + (f"[{number}]" if len(graphs) > 1 else "")
-                    inner.append(Scope(name=f"{scope.name}/{own}" if scope.name else own, body=graph))
+                    inner.append(Scope(name=f"{scope.name}/{own}" if scope.name else own, body=graph, root=scope.root))
         roots = inner + roots
 
 

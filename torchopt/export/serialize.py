@@ -10,14 +10,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
 from torchopt.errors import ModelError
-from torchopt.export.read import EXTERNAL, KEPT, LIMIT, mapped
+from torchopt.export.read import EXTERNAL, KEPT, LIMIT, SHAPES, mapped, pairs
 from torchopt.export.tensors import Put, bytes_of, places
 from torchopt.export.wire import HERE, LARGE, with_data, without_data
 from torchopt.files import atomic_path
@@ -44,8 +45,13 @@ def serialized(model: ir.Model, where: str, *, shapes: bool = True) -> bytes:
         return b"".join(piece if isinstance(piece, bytes) else bytes_of(held[piece][0]).data for piece in pieces)
 
 
-def write(model: ir.Model, path: str | os.PathLike[str]) -> None:
+def write(model: ir.Model, path: str | os.PathLike[str], *, check: Callable[[Path], None] | None = None) -> None:
     """Write a graph to a file, atomically; its tensors go to a second one if they came from one, or if they take more than 2 GB.
+
+    Args:
+        model: the graph.
+        path: the file.
+        check: is given the whole file under its temporary name; where it raises, nothing was written.
 
     Raises:
         ModelError: it cannot be written as an ONNX file.
@@ -56,14 +62,35 @@ def write(model: ir.Model, path: str | os.PathLike[str]) -> None:
     with _held_out(model, HERE) as held:
         pieces, size = with_data(_message(model, str(path)))
         if size <= LIMIT and not model.meta.get(EXTERNAL):
-            _write(target, pieces, held)
+            _write(target, pieces, held, check)
     if size > LIMIT or model.meta.get(EXTERNAL):
-        _write_pair(model, target)
+        _write_pair(model, target, check)
+    _remove_old(target, old)
+
+
+def copied(model: ir.Model, source: Path, target: Path) -> bool:
+    """Write the file that a graph was read from, which nothing changed, as it is; False where its data lie beside it in another folder.
+
+    Raises:
+        FileError: the file cannot be written.
+    """
+    if target.exists() and source.samefile(target):
+        return True
+    if model.meta.get(EXTERNAL) and source.parent.resolve() != target.parent.resolve():
+        return False
+    old = _data_of(target)
+    with atomic_path(target) as temporary:
+        shutil.copyfile(source, temporary)
+    _remove_old(target, old)
+    return True
+
+
+def _remove_old(target: Path, old: set[str]) -> None:
     for name in old - _data_of(target):
         target.with_name(name).unlink(missing_ok=True)
 
 
-def _write_pair(model: ir.Model, target: Path) -> None:
+def _write_pair(model: ir.Model, target: Path, check: Callable[[Path], None] | None) -> None:
     """Write the second file under a new name, then the first, which names it."""
     names = (f"{target.name}{f'.{number}' if number else ''}.data" for number in itertools.count())
     second = next(name for name in names if not target.with_name(name).exists())
@@ -74,16 +101,19 @@ def _write_pair(model: ir.Model, target: Path) -> None:
                 file.seek(offset)
                 file.write(bytes_of(tensor).data)
     try:
-        _write(target, [message], [])
+        _write(target, [message], [], check)
     except BaseException:
         target.with_name(second).unlink()
         raise
 
 
-def _write(target: Path, pieces: list[bytes | int], held: list[Held]) -> None:
-    with atomic_path(target) as temporary, open(temporary, "wb") as file:
-        for piece in pieces:
-            file.write(piece if isinstance(piece, bytes) else bytes_of(held[piece][0]).data)
+def _write(target: Path, pieces: list[bytes | int], held: list[Held], check: Callable[[Path], None] | None) -> None:
+    with atomic_path(target) as temporary:
+        with open(temporary, "wb") as file:
+            for piece in pieces:
+                file.write(piece if isinstance(piece, bytes) else bytes_of(held[piece][0]).data)
+        if check is not None:
+            check(temporary)
 
 
 @contextlib.contextmanager
@@ -119,10 +149,13 @@ def _message(model: ir.Model, where: str, *, shapes: bool = True) -> bytes:
     try:
         proto = ir.to_proto(model)
         proto.MergeFrom(model.meta.get(KEPT, onnx.ModelProto()))
-        stored = {tensor.name for tensor in proto.graph.initializer}  # whose types and shapes onnx-ir writes a second time
-        kept = [info for info in proto.graph.value_info if shapes and info.name not in stored]
-        del proto.graph.value_info[:]
-        proto.graph.value_info.extend(kept)
+        for graph, message in pairs(model, proto):
+            stored = {tensor.name for tensor in message.initializer}  # whose types and shapes onnx-ir writes a second time
+            known = graph.meta.get(SHAPES)
+            kept = known if known is not None else [i for i in message.value_info if shapes and i.name not in stored]
+            kept = [onnx.ValueInfoProto.FromString(info.SerializeToString()) for info in kept]
+            del message.value_info[:]
+            message.value_info.extend(kept)
         return bytes(proto.SerializeToString())
     except Exception as error:  # google.protobuf.message.EncodeError or a ValueError, by version
         raise ModelError(f"{where}: cannot be written as one ONNX file: {str(error)[:200]}") from error

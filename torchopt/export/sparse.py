@@ -15,6 +15,21 @@ from onnx import numpy_helper
 AT_MOST, TIMES = 1 << 20, 1000  # bytes, or that many times the sparse form's: a small file never claims a huge tensor
 
 
+def check_names(graph: onnx.GraphProto) -> None:
+    """Refuse two tensors of one name, of which ONNX Runtime takes the first, onnx the last, and each tool its own.
+
+    Raises:
+        ValueError: a graph, or a subgraph, has them.
+    """
+    names = [tensor.name for tensor in graph.initializer] + [sparse.values.name for sparse in graph.sparse_initializer]
+    if len(set(names)) < len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise ValueError(f"two of its tensors are called {twice!r}, and which of them is read differs from tool to tool")
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        for inner in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+            check_names(inner)
+
+
 def densify(graph: onnx.GraphProto) -> None:
     """Make the sparse initializers and Constants of a graph and of its subgraphs dense, in place.
 
@@ -48,6 +63,8 @@ def _dense(sparse: onnx.SparseTensorProto) -> onnx.TensorProto:
         [[0.0, 0.0], [7.0, 0.0]]
     """
     shape, name = tuple(sparse.dims), sparse.values.name
+    if onnx.TensorProto.EXTERNAL in (sparse.values.data_location, sparse.indices.data_location):
+        raise ValueError(f"the data of sparse tensor {name!r} lie in another file, which ONNX has not")
     values, at = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
     count = math.prod(shape)
     if min(shape, default=0) < 0 or count * values.itemsize > max(AT_MOST, TIMES * sparse.ByteSize()):

@@ -4,19 +4,24 @@ A message is a row of fields: a varint (8 · number + kind of value), then the v
 bytes (protobuf.dev, "Encoding"). protobuf's own parser copies every tensor into memory, and its serializer again. So `without_data`
 writes the message anew with each large `raw_data` replaced by the place where it lies, in the form that ONNX has for data in other
 files, and `with_data` is the inverse. Both look only into parts that can hold what they look for.
+
+What protobuf's parser does with odd messages is done here too: of a field that stands twice the last one counts, messages that stand
+twice are merged (those are copied as they are), unknown fields and groups are skipped and kept, and a number of the wrong kind is
+an unknown field.
 """
 
 from __future__ import annotations
 
 import mmap
+import secrets
 from collections.abc import Iterator
 
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
 
-HERE = "\x00torchopt"  # the location of data that lies in the message itself; the offset says where, or is a number
+HERE = f"\x00torchopt{secrets.token_hex(8)}"  # the location of data in the message itself, which no file can know; the offset says where
 LARGE = 1024  # bytes; below, a tensor is no trouble
 DEEPEST = 100  # messages within messages, as protobuf has it
-VARINT, EIGHT_BYTES, BYTES, FOUR_BYTES = 0, 1, 2, 5  # kinds of values
+VARINT, EIGHT_BYTES, BYTES, GROUP, GROUP_END, FOUR_BYTES = range(6)  # kinds of values
 MODEL, TENSOR = ModelProto.DESCRIPTOR.full_name, TensorProto.DESCRIPTOR.full_name
 _HOLDERS = (ModelProto, GraphProto, NodeProto, AttributeProto, FunctionProto)
 _KNOWN = {holder.DESCRIPTOR.full_name for holder in (*_HOLDERS, TensorProto)}
@@ -28,7 +33,13 @@ INNER: dict[str, dict[int, str]] = {  # message → number of a field → messag
     }
     for holder in _HOLDERS
 }
-RAW_DATA = TensorProto.DESCRIPTOR.fields_by_name["raw_data"].number
+ONCE: dict[str, set[int]] = {  # message → those of them that stand there once; protobuf merges two
+    holder.DESCRIPTOR.full_name: {f.number for f in holder.DESCRIPTOR.fields if not hasattr(getattr(holder(), f.name), "append")}
+    for holder in _HOLDERS
+}
+RAW_DATA, ELSEWHERE, LOCATION = (
+    TensorProto.DESCRIPTOR.fields_by_name[name].number for name in ("raw_data", "external_data", "data_location")
+)
 Buffer = bytes | mmap.mmap
 
 
@@ -56,21 +67,37 @@ def fields(data: Buffer, start: int, end: int) -> Iterator[tuple[int, int, int, 
         ValueError: the fields do not fill the message exactly.
     """
     while start < end:
-        tag, at = _varint(data, start, end)
-        number, kind = tag >> 3, tag & 7
-        if kind == VARINT:
-            _, stop = _varint(data, at, end)
-        elif kind == BYTES:
-            length, at = _varint(data, at, end)
-            stop = at + length
-        elif kind in (EIGHT_BYTES, FOUR_BYTES):
-            stop = at + (8 if kind == EIGHT_BYTES else 4)
-        else:
-            raise ValueError(f"a field of kind {kind} at byte {start}")
-        if stop > end or number == 0:
-            raise ValueError(f"it ends at byte {end} within a field, or is damaged before")
+        number, kind, at, stop = _field(data, start, end)
+        open_groups = [number] if kind == GROUP else []
+        while open_groups:
+            inner, inner_kind, _, stop = _field(data, stop, end)
+            if inner_kind == GROUP:
+                open_groups.append(inner)
+            elif inner_kind == GROUP_END and open_groups.pop() != inner:
+                raise ValueError(f"a group begins and another ends at byte {stop}")
+        if kind == GROUP_END:
+            raise ValueError(f"a group ends at byte {start}, and none begins")
         yield number, kind, start, at, stop
         start = stop
+
+
+def _field(data: Buffer, start: int, end: int) -> tuple[int, int, int, int]:
+    """(number, kind, start of the value, end) of the field that starts at a byte; of a group, the end of its first tag."""
+    tag, at = _varint(data, start, end)
+    number, kind = tag >> 3, tag & 7
+    stop = at
+    if kind == VARINT:
+        _, stop = _varint(data, at, end)
+    elif kind == BYTES:
+        length, at = _varint(data, at, end)
+        stop = at + length
+    elif kind in (EIGHT_BYTES, FOUR_BYTES):
+        stop = at + (8 if kind == EIGHT_BYTES else 4)
+    elif kind not in (GROUP, GROUP_END):
+        raise ValueError(f"a field of kind {kind} at byte {start}")
+    if stop > end or number == 0:
+        raise ValueError(f"it ends at byte {end} within a field, or is damaged before")
+    return number, kind, at, stop
 
 
 def head(number: int, length: int) -> bytes:
@@ -81,21 +108,33 @@ def head(number: int, length: int) -> bytes:
 def _outlined(data: Buffer, start: int, end: int, message: str, depth: int) -> Iterator[bytes]:
     if depth > DEEPEST:
         raise ValueError(f"messages lie in messages more than {DEEPEST} deep")
-    inner, copied = INNER.get(message, {}), start
-    for number, kind, first, at, stop in fields(data, start, end):
-        if kind != BYTES or stop - at <= LARGE:
-            continue
-        if message == TENSOR and number == RAW_DATA:
-            changed = _elsewhere(at, stop - at)
-        elif number in inner:
+    if message == TENSOR:
+        yield _tensor_outlined(data, start, end)
+        return
+    found = list(fields(data, start, end))
+    inner, copied = INNER[message], start
+    once = [number for number, kind, *_ in found if kind == BYTES and number in inner and number in ONCE[message]]
+    merged = {number for number in once if once.count(number) > 1}
+    for number, kind, first, at, stop in found:
+        if kind == BYTES and stop - at > LARGE and number in inner and number not in merged:
             part = b"".join(_outlined(data, at, stop, inner[number], depth + 1))
-            changed = head(number, len(part)) + part
-        else:
-            continue
-        yield data[copied:first]
-        yield changed
-        copied = stop
+            yield data[copied:first]
+            yield head(number, len(part)) + part
+            copied = stop
     yield data[copied:end]
+
+
+def _tensor_outlined(data: Buffer, start: int, end: int) -> bytes:
+    """A tensor's message without its large `raw_data`; as everyone reads it, also where it says two things about where its data lie."""
+    found = list(fields(data, start, end))
+    raw = [(at, stop) for number, kind, _, at, stop in found if number == RAW_DATA and kind == BYTES]
+    if not raw or max(stop - at for at, stop in raw) <= LARGE:
+        return data[start:end]
+    locations = [_varint(data, at, stop)[0] for number, kind, _, at, stop in found if number == LOCATION and kind == VARINT]
+    external = locations[-1:] == [TensorProto.EXTERNAL]  # then no one looks at `raw_data`
+    dropped = {RAW_DATA} if external else {RAW_DATA, ELSEWHERE, LOCATION}
+    kept = b"".join(data[first:stop] for number, _, first, _, stop in found if number not in dropped)
+    return kept if external else kept + _elsewhere(raw[-1][0], raw[-1][1] - raw[-1][0])
 
 
 def _elsewhere(offset: int, length: int) -> bytes:

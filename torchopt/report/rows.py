@@ -20,7 +20,7 @@ from torch import nn
 
 from torchopt.compress import finalize
 from torchopt.errors import StateError
-from torchopt.export.decoded import halves, two_a_byte
+from torchopt.export.decoded import weights_in_blocks
 from torchopt.export.decoders import DOMAIN
 from torchopt.export.pack import unpack_model
 from torchopt.export.read import read
@@ -171,7 +171,7 @@ def _weight_row(weight: Weight, grid: Grid | None, *, masked: bool) -> Row:
 
 def _of_file(path: Path) -> Report:
     model = read(path)
-    values = _symbols(path)
+    values, narrow = _symbols(path)
     stored: dict[str, tuple[int, int | None]] = {}
     for name, value in model.graph.initializers.items():
         stored[name] = (value.const_value.nbytes if value.const_value is not None else 0, _bits(value.dtype))
@@ -180,19 +180,20 @@ def _of_file(path: Path) -> Report:
             parts = [v for v in node.inputs if v is not None and v.const_value is not None]
             size = sum(v.const_value.nbytes for v in parts if v.const_value is not None)
             stored[str(node.outputs[0].name)] = (size, _bits(parts[-1].dtype))
-    stored.update({name: (stored[name][0], 4) for name in two_a_byte(model)})
-    rows = [_row(name, v, *stored[name], ()) for name, v in values.items() if v.ndim > 1 and name in stored]
+    stored.update({name: (stored[name][0], bits) for name, bits in narrow.items() if name in stored})
+    rows = [_row(name, v, *stored[name], ()) for name, v in values.items() if v.ndim > 1 and v.size and name in stored]
     return Report(rows=rows, skipped=[])
 
 
-def _symbols(path: Path) -> dict[str, np.ndarray]:
-    """The unpacked weights of a file, integers as integers."""
+def _symbols(path: Path) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """The unpacked weights of a file, integers as integers; and the bits of those whose codes lie side by side in bytes."""
     model = read(path)
     unpack_model(model, str(path))
     kept = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8, ir.DataType.UINT8}
     constants = model.graph.initializers.items()
     dense = {name: v.const_value.numpy() for name, v in constants if v.const_value is not None and v.dtype in kept}
-    return dense | {name: halves(dense[name]) for name in two_a_byte(model)}
+    blocks = weights_in_blocks(model)
+    return dense | {name: codes.symbols for name, codes in blocks.items()}, {name: codes.bits for name, codes in blocks.items()}
 
 
 def _bits(dtype: ir.DataType | None) -> int | None:
