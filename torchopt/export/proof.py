@@ -1,6 +1,7 @@
 """The proof that a packed file is its source: both are read again as `onnx` reads them, and ONNX Runtime decodes every packed weight.
 
-Nothing here shares code with the reading and writing that it looks at. The two files must have the same graphs, functions, nodes and
+Nothing here shares code with the reading and writing that it looks at (but for where a second file may lie, and what a sparse tensor
+means). The two files must have the same graphs, functions, nodes and
 tensors, bit for bit, but for the calls that decode; and what each call gives must be the source's tensor. The calls are run by ONNX
 Runtime itself, some at a time, in small models of their own: that is the runtime that the packed file will be decoded by.
 """
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
@@ -198,9 +200,7 @@ def _parts_below(nodes: Any) -> set[str]:
 
 
 def _bits(kind: int) -> int:
-    return {TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.FLOAT4E2M1: 4, TensorProto.INT2: 2, TensorProto.UINT2: 2}.get(
-        kind, 8 * np.dtype(helper.tensor_dtype_to_np_dtype(kind)).itemsize
-    )
+    return int(ir.DataType(kind).bitwidth)
 
 
 def _compare_tensors(one: _File, a: TensorProto, other: _File, b: TensorProto, name: str) -> None:
@@ -228,7 +228,8 @@ def _compare_decoded(one: _File, other: _File) -> None:
 
 
 def _groups(one: _File, other: _File) -> Iterator[list[tuple[NodeProto, dict[str, TensorProto], TensorProto]]]:
-    group, size = [], 0
+    group: list[tuple[NodeProto, dict[str, TensorProto], TensorProto]] = []
+    size = 0
     for entry in other.calls:
         bytes_ = int(np.prod(entry[2].dims, dtype=np.int64)) * _bits(entry[2].data_type) // 8
         if group and size + bytes_ > AT_ONCE:
