@@ -17,7 +17,20 @@ PACKAGE = ROOT / "torchopt"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = [
     {"errors", "files", "progress", "packing", "web", "strict", "located", "importing", "copies"},
-    {"weights", "grid", "schedule", "batches", "surgery", "state", "traced", "batch_norm", "scratch", "gradients", "proof"},
+    {
+        "weights",
+        "grid",
+        "schedule",
+        "batches",
+        "surgery",
+        "state",
+        "traced",
+        "batch_norm",
+        "scratch",
+        "gradients",
+        "proof",
+        "randomness",
+    },
     {"prune", "cluster", "quantize"},
     {"export", "runtime"},
     {"rules", "fallback", "compress", "earlier", "refusals", "accurate", "one_shot", "shrink", "checkpoint", "sensitivity"},

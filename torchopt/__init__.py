@@ -1,27 +1,30 @@
 """torchopt: prune, cluster and quantize PyTorch models, and export one small ONNX file that ONNX Runtime runs fast."""
 
-from torchopt.batch_norm import reestimate_batch_norm
-from torchopt.checkpoint import load, save
-from torchopt.cluster import Cluster
-from torchopt.compress import calibrate, finalize, prepare, step
-from torchopt.errors import (
-    ConfigError,
-    DataError,
-    FileError,
-    ModelError,
-    RuleError,
-    StateError,
-    TargetError,
-    TorchoptError,
-)
-from torchopt.export import ExportResult, PackReport, export, pack, unpack
-from torchopt.one_shot import one_shot
-from torchopt.prune import ConstantSparsity, CosineDecay, MultiStep, PolynomialDecay, Prune
-from torchopt.quantize import Quantize, load_ranges, save_ranges
-from torchopt.report import Report, report
-from torchopt.rules import Rule
-from torchopt.runtime import Placement, Timing, Verdict, benchmark, inspect, verify
-from torchopt.shrink import shrink
+from torchopt.importing import unnoticed
+
+with unnoticed():
+    from torchopt.batch_norm import reestimate_batch_norm
+    from torchopt.checkpoint import load, save
+    from torchopt.cluster import Cluster
+    from torchopt.compress import calibrate, finalize, prepare, step
+    from torchopt.errors import (
+        ConfigError,
+        DataError,
+        FileError,
+        ModelError,
+        RuleError,
+        StateError,
+        TargetError,
+        TorchoptError,
+    )
+    from torchopt.export import ExportResult, PackReport, export, pack, unpack
+    from torchopt.one_shot import one_shot
+    from torchopt.prune import ConstantSparsity, CosineDecay, MultiStep, PolynomialDecay, Prune
+    from torchopt.quantize import Quantize, load_ranges, save_ranges
+    from torchopt.report import Report, report
+    from torchopt.rules import Rule
+    from torchopt.runtime import Placement, Timing, Verdict, benchmark, inspect, verify
+    from torchopt.shrink import shrink
 
 __version__ = "0.1.0"
 

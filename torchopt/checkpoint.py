@@ -7,7 +7,6 @@ network of the original architecture; it is not touched.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import os
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch import fx, nn
 
 from torchopt.compress import attach
+from torchopt.copies import copied
 from torchopt.errors import ConfigError, FileError, StateError, TorchoptError
 from torchopt.files import atomic_path
 from torchopt.grid import SUFFIX, grids, set_grid
@@ -78,7 +78,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     header, tensors = _read(Path(path))
     if model is None:
         raise ConfigError(f"{path}: holds tensors, not code; give a freshly built network: load(path, build_the_network())")
-    fresh = copy.deepcopy(model)
+    fresh = copied(model)
     try:
         apply_plan(fresh, header["plan"])
         rebuilt = _rebuild(fresh, header, tensors, str(path))

@@ -61,3 +61,14 @@ def nearest(value: str, candidates: Iterable[str], *, limit: int = 3) -> str:
     """
     close = difflib.get_close_matches(value, list(candidates), n=limit, cutoff=0.5)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message that says something, else the name of its class.
+
+    Example:
+        >>> first_line(ValueError("\\n  too long\\n")), first_line(KeyError())
+        ('too long', 'KeyError')
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

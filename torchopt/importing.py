@@ -8,9 +8,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import random
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
+
+import numpy as np
 
 from torchopt.errors import ConfigError, nearest
 
@@ -44,6 +48,27 @@ def load_callable(spec: str, *, where: str) -> Callable[..., Any]:
         public = [name for name in vars(module) if not name.startswith("_")]
         raise ConfigError(f"{where}: module {module_name!r} has no callable {attribute!r}{nearest(attribute, public)}")
     return found  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def unnoticed() -> Iterator[None]:
+    """Let imports leave Python's and numpy's random numbers and the list of warning filters as they were; some libraries change them.
+
+    Example:
+        >>> import random
+        >>> before = random.getstate()
+        >>> with unnoticed():
+        ...     _ = random.random()
+        >>> random.getstate() == before
+        True
+    """
+    python, array = random.getstate(), np.random.get_state()
+    with warnings.catch_warnings():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(array)
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ class Shrink:
     """Structured pruning: channels really removed. Exactly one of ratio, max_macs and max_latency_ms is given.
 
     Attributes:
-        ratio: fraction of the channels to remove, in (0, 1).
+        ratio: fraction of the channels to remove, in (0, 1), or fractions by layer: globs over layer names, the first match decides.
         max_macs: multiply-adds to stay below.
         max_latency_ms: latency in ONNX Runtime to stay below, milliseconds.
         importance: how channels are ranked ("magnitude", "lamp", "fpgm", "bn_scale", "random").
@@ -41,7 +41,7 @@ class Shrink:
         isomorphic: rank layers with dependencies of the same shape together.
     """
 
-    ratio: float | None = None
+    ratio: float | Mapping[str, float] | None = None
     max_macs: int | None = None
     max_latency_ms: float | None = None
     importance: Literal["magnitude", "lamp", "fpgm", "bn_scale", "random"] = "magnitude"
@@ -54,7 +54,8 @@ class Shrink:
         goals = [name for name in ("ratio", "max_macs", "max_latency_ms") if getattr(self, name) is not None]
         if len(goals) != 1:
             raise ConfigError(f"Shrink: got {goals or 'no goal'}; exactly one of ratio, max_macs and max_latency_ms is needed")
-        if self.ratio is not None and not 0 < self.ratio < 1:
+        fractions = [] if self.ratio is None else [*self.ratio.values()] if isinstance(self.ratio, Mapping) else [self.ratio]
+        if not all(0 < fraction < 1 for fraction in fractions):
             raise ConfigError(f"Shrink.ratio: got {self.ratio}; a fraction in (0, 1) is needed")
         for name in ("max_macs", "max_latency_ms"):
             value = getattr(self, name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from torch import nn
 
 from torchopt.errors import ConfigError, ModelError, TargetError
 from torchopt.export import export
-from torchopt.prune.channels import Channels, count_macs
+from torchopt.prune.channels import Arguments, Channels, Examples, count_macs
+from torchopt.randomness import random_state_kept
 from torchopt.runtime import benchmark
 from torchopt.runtime.benchmark import Row
 
@@ -30,11 +31,12 @@ REPEATS = 15  # bursts of each network; doubled while it is not clear on which s
 MOST_REPEATS = 120
 
 
+@random_state_kept()
 def shrink(
     model: nn.Module,
-    example_inputs: tuple[Any, ...],
+    example_inputs: Examples,
     *,
-    ratio: float | None = None,
+    ratio: float | Mapping[str, float] | None = None,
     max_macs: int | None = None,
     max_latency_ms: float | None = None,
     importance: str = "magnitude",
@@ -43,13 +45,18 @@ def shrink(
     global_ranking: bool = False,
     isomorphic: bool = False,
     threads: int = 1,
+    seed: int = 0,
 ) -> nn.Module:
     """Return a copy of `model` with fewer channels, to exactly one of three goals.
 
     Args:
-        model: the network; it is not touched. For importance "taylor", run backward on it first: its `.grad` are read.
-        example_inputs: the positional arguments of one forward call; their shapes are what latency and multiply-adds are for.
-        ratio: fraction of each width to remove, in (0, 1).
+        model: the network; it is not touched. For importance "taylor", run backward on it first: its `.grad` are read, and weights
+            without one (frozen layers) have no say.
+        example_inputs: the positional arguments of one forward call, or a dict of arguments by name; their shapes are what latency and
+            multiply-adds are for.
+        ratio: fraction of each width to remove, in (0, 1); or fractions by layer, `{"layer3.*": 0.5, "*": 0.25}`: globs over layer
+            names, of which the first that matches decides. Layers that no glob matches keep their channels; layers that share their
+            channels shrink by the smallest fraction given for any of them.
         max_macs: multiply-adds of one forward call to stay below.
         max_latency_ms: milliseconds of one call in ONNX Runtime, float, on this machine, to stay below.
         importance: how channels are ranked: "magnitude", "taylor", "lamp", "fpgm", "bn_scale" or "random".
@@ -58,14 +65,19 @@ def shrink(
         global_ranking: rank the channels of all widths together, so that some shrink more than others.
         isomorphic: rank together only widths whose layers depend on one another in the same way (arXiv:2407.04616).
         threads: for the latency measurements.
+        seed: of importance "random".
+
+    Returns:
+        The smaller network. `torchopt.report` of it names the old and new widths and multiply-adds, and what stayed whole.
 
     Raises:
         ConfigError: no goal, several goals, or one out of its range.
         TargetError: the goal cannot be reached; the best found is named.
-        RuleError: a glob in `ignore` matches nothing.
-        DataError: the network does not take the example inputs.
+        RuleError: a glob in `ignore` or `ratio` matches nothing.
+        DataError: the network does not take the example inputs, or its outputs on them are all zero or NaN.
         StateError: the network is prepared for training, or "taylor" finds no gradients.
-        ModelError: no channel can be removed; the first layer that keeps its channels, and why, is named.
+        ModelError: no channel can be removed; the first layer that keeps its channels, and why, is named. Or the model is wrapped for
+            training in parallel.
 
     Example:
         >>> import torch
@@ -74,35 +86,46 @@ def shrink(
         16
     """
     _check(ratio, max_macs, max_latency_ms, round_to)
-    channels = Channels(model, example_inputs, importance=importance, ignore=ignore)
+    if isinstance(ratio, Mapping) and (global_ranking or isomorphic):
+        raise ConfigError(
+            "shrink: ratio by layer with global_ranking or isomorphic, which rank layers together; give one or the other"
+        )
+    channels = Channels(model, example_inputs, importance=importance, ignore=ignore, seed=seed)
     multiple = round_to if round_to is not None else 16 if max_latency_ms is not None else 8
 
     cut = partial(channels.without, round_to=multiple, global_ranking=global_ranking, isomorphic=isomorphic)
     if ratio is not None:
         return _to_ratio(channels, cut, ratio, multiple)
     if max_macs is not None:
-        return _to_macs(cut, example_inputs, max_macs)
+        return _to_macs(cut, channels.inputs, max_macs)
     assert max_latency_ms is not None
-    return _to_latency(model, channels, cut, example_inputs, max_latency_ms, threads)
+    return _to_latency(model, channels, cut, max_latency_ms, threads)
 
 
-def _check(ratio: float | None, max_macs: int | None, max_latency_ms: float | None, round_to: int | None) -> None:
-    goals = {"ratio": ratio, "max_macs": max_macs, "max_latency_ms": max_latency_ms}
-    given = {name: value for name, value in goals.items() if value is not None}
+def _check(
+    ratio: float | Mapping[str, float] | None, max_macs: int | None, max_latency_ms: float | None, round_to: int | None
+) -> None:
+    goals = {"max_macs": max_macs, "max_latency_ms": max_latency_ms}
+    given = [name for name, value in {"ratio": ratio, **goals}.items() if value is not None]
     if len(given) != 1:
-        raise ConfigError(f"shrink: got {list(given) or 'no goal'}; give exactly one of ratio, max_macs and max_latency_ms")
-    if ratio is not None and not 0 < ratio < 1:
+        raise ConfigError(f"shrink: got {given or 'no goal'}; give exactly one of ratio, max_macs and max_latency_ms")
+    if isinstance(ratio, Mapping):
+        if not ratio:
+            raise ConfigError("shrink: ratio={}; at least one glob with its fraction is needed, such as {'layer3.*': 0.5}")
+        for glob, fraction in ratio.items():
+            if not 0 <= fraction < 1:
+                raise ConfigError(f"shrink: ratio[{glob!r}]={fraction}; a fraction of channels in [0, 1) is needed")
+    elif ratio is not None and not 0 < ratio < 1:
         raise ConfigError(f"shrink: ratio={ratio}; a fraction of channels in (0, 1) is needed")
     if round_to is not None and round_to < 1:
         raise ConfigError(f"shrink: round_to={round_to}; a whole number of at least 1 is needed")
-    for name in ("max_macs", "max_latency_ms"):
-        value = goals[name]
+    for name, value in goals.items():
         if value is not None and value <= 0:
             raise ConfigError(f"shrink: {name}={value}; a number above 0 is needed")
 
 
-def _to_ratio(channels: Channels, cut: Callable[[float], nn.Module], ratio: float, multiple: int) -> nn.Module:
-    small = cut(ratio)
+def _to_ratio(channels: Channels, cut: Callable[..., nn.Module], ratio: float | Mapping[str, float], multiple: int) -> nn.Module:
+    small = cut(0.0, ratios=channels.by_layer(ratio)) if isinstance(ratio, Mapping) else cut(ratio)
     if sum(p.numel() for p in small.parameters()) == sum(p.numel() for p in channels.model.parameters()):
         widths = ", ".join(f"{group.layers[0]}: {len(group) * group.unit}" for group in channels.groups[:5])
         raise ModelError(
@@ -111,7 +134,7 @@ def _to_ratio(channels: Channels, cut: Callable[[float], nn.Module], ratio: floa
     return small
 
 
-def _to_macs(cut: Callable[[float], nn.Module], inputs: tuple[Any, ...], goal: int) -> nn.Module:
+def _to_macs(cut: Callable[[float], nn.Module], inputs: Arguments, goal: int) -> nn.Module:
     smallest = cut(HIGHEST)
     least = count_macs(smallest, inputs)[0]
     if least > goal:
@@ -127,24 +150,36 @@ def _to_macs(cut: Callable[[float], nn.Module], inputs: tuple[Any, ...], goal: i
     return best
 
 
-def _to_latency(
-    model: nn.Module, channels: Channels, cut: Callable[..., nn.Module], inputs: tuple[Any, ...], goal: float, threads: int
-) -> nn.Module:
+def _to_latency(model: nn.Module, channels: Channels, cut: Callable[..., nn.Module], goal: float, threads: int) -> nn.Module:
+    inputs = (*channels.inputs.args, *channels.inputs.kwargs.values())
+    positional = partial(_ByPosition, count=len(channels.inputs.args), names=tuple(channels.inputs.kwargs))
     with tempfile.TemporaryDirectory() as folder:
         dense, path = Path(folder) / "dense.onnx", Path(folder) / "candidate.onnx"
-        export(model, inputs, dense, pack=False)
+        export(positional(model), inputs, dense, pack=False)
         alone = [benchmark([dense], threads=threads, repeats=REPEATS, progress=False).rows[0].latency_ms for _ in range(3)]
         stand = statistics.median(alone)
         if stand <= goal:
             return cut(0.0)
 
         def latency(candidate: nn.Module) -> float:
-            export(candidate, inputs, path, pack=False)
+            export(positional(candidate), inputs, path, pack=False)
             return stand * _settled_ratio(
                 lambda repeats: benchmark([dense, path], threads=threads, repeats=repeats, progress=False).rows[1], goal / stand
             )
 
         return _bisect(cut, latency, goal, [group.layers[0] for group in channels.groups])
+
+
+class _ByPosition(nn.Module):
+    """A network whose arguments by name follow those by position, as an exported file has them."""
+
+    def __init__(self, network: nn.Module, count: int, names: Sequence[str]) -> None:
+        super().__init__()
+        self.network, self.count, self.names = network, count, tuple(names)
+
+    def forward(self, *inputs: Any) -> Any:
+        """Call the network."""
+        return self.network(*inputs[: self.count], **dict(zip(self.names, inputs[self.count :], strict=True)))
 
 
 def _settled_ratio(measure: Callable[[int], Row], goal: float) -> float:

@@ -1,8 +1,9 @@
 """The architecture plan: which sizes a shrunken network has, as plain data, so that it reloads into a freshly built original.
 
-Removing channels changes shapes of tensors and the hyper-parameters that modules remember (`out_channels`, `num_features`, …), and
-attention that lost heads is no longer torch's own. The plan records all three; applying it to the original network resizes what
-differs and touches nothing else. It holds no code and no tensors: those go into safetensors beside it (`torchopt.save`).
+Removing channels changes shapes of tensors and the hyper-parameters that modules remember (`out_channels`, `num_features`, …, and the
+whole numbers of anyone's own modules), and attention that lost heads is no longer torch's own. The plan records all three; applying it
+to the original network resizes what differs and touches nothing else. It holds no code and no tensors: those go into safetensors beside
+it (`torchopt.save`).
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from torch import nn
 
 from torchopt.errors import StateError
 from torchopt.prune.channels.attention import HeadAttention, adopt
-from torchopt.prune.channels.cut import HEADS, WIDTHS
+from torchopt.prune.channels.note import NOTE, Shrunken, shrunken_of
+from torchopt.prune.channels.remembered import numbers, put
 
 SIZES = (
     "in_channels", "out_channels", "groups",  # convolutions
     "in_features", "out_features",  # linear
     "num_features", "num_channels", "num_groups", "num_parameters", "normalized_shape",  # norms, PReLU
     "num_embeddings", "embedding_dim",  # embedding
-    "embed_dim", "head_dim", "kdim", "vdim",  # attention
+    "embed_dim", "head_dim", "num_heads", "kdim", "vdim",  # attention
     "input_size", "hidden_size", "proj_size",  # recurrent
-    *HEADS, *WIDTHS,  # other people's modules
 )  # fmt: skip
 
 Plan = dict[str, Any]
@@ -34,13 +35,16 @@ def plan_of(model: nn.Module) -> Plan:
 
     Example:
         >>> plan_of(nn.Linear(3, 2))
-        {'sizes': {'': {'in_features': 3, 'out_features': 2}}, 'shapes': {'weight': [2, 3], 'bias': [2]}, 'heads': []}
+        {'sizes': {'': {'in_features': 3, 'out_features': 2}}, 'numbers': [], 'shapes': {'weight': [2, 3], 'bias': [2]}, 'heads': []}
     """
-    return {
+    plan: Plan = {
         "sizes": {name: found for name, module in model.named_modules() if (found := _sizes(module))},
+        "numbers": [[number.module, list(number.path), number.value] for number in numbers(model)],
         "shapes": {name: list(tensor.shape) for name, tensor in model.state_dict().items()},
         "heads": [name for name, module in model.named_modules() if isinstance(module, HeadAttention)],
     }
+    shrunken = shrunken_of(model)
+    return plan if shrunken is None else plan | {"shrunken": shrunken.to_dict()}
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> None:
@@ -70,10 +74,15 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
         for attribute, size in sizes.items():
             if name in modules and attribute in modules[name].__dict__:
                 setattr(modules[name], attribute, tuple(size) if isinstance(size, list) else size)
+    for name, path, value in plan.get("numbers", ()):
+        if name in modules and path[0] in modules[name].__dict__:
+            put(model, name, path, value)
     for name, shape in plan["shapes"].items():
         owner, _, tensor = name.rpartition(".")
         if owner in modules:
             _resize(modules[owner], tensor, shape, name)
+    if "shrunken" in plan:
+        model.__dict__[NOTE] = Shrunken.from_dict(plan["shrunken"])
 
 
 def _sizes(module: nn.Module) -> dict[str, Any]:
@@ -99,3 +108,4 @@ def _resize(module: nn.Module, tensor: str, shape: list[int], name: str) -> None
         module._parameters[tensor] = nn.Parameter(new, requires_grad=old.requires_grad)
     else:
         module._buffers[tensor] = new
+        module._non_persistent_buffers_set.discard(tensor)  # the state that follows holds it

@@ -26,7 +26,7 @@ from torchopt.export.pack import unpack_model
 from torchopt.export.read import read
 from torchopt.grid import Grid, grids
 from torchopt.packing import encode
-from torchopt.prune.channels import skipped_of
+from torchopt.prune.channels import Shrunken, shrunken_of, skipped_of
 from torchopt.state import find_state, require_state
 from torchopt.weights import Skipped, Weight, is_pruned, weights
 
@@ -58,10 +58,11 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A row a weight, and what was left alone and why."""
+    """A row a weight, what was left alone and why, and what `shrink` did before, if anything."""
 
     rows: list[Row]
     skipped: list[Skipped]
+    shrunken: Shrunken | None = None
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -84,6 +85,7 @@ class Report:
             "rows": [asdict(row) for row in self.rows],
             "totals": self.totals,
             "skipped": [asdict(skip) for skip in self.skipped],
+            "shrunken": None if self.shrunken is None else self.shrunken.to_dict(),
         }
 
     def __str__(self) -> str:
@@ -108,7 +110,7 @@ class Report:
         with console.capture() as capture:
             console.print(table)
         left = "".join(f"left alone by {s.technique}: {s.name}: {s.reason}\n" for s in self.skipped)
-        return capture.get() + left
+        return capture.get() + left + (f"{self.shrunken}\n" if self.shrunken is not None else "")
 
 
 def report(model_or_path: nn.Module | str | os.PathLike[str]) -> Report:
@@ -149,7 +151,7 @@ def _of_model(model: nn.Module) -> Report:
     shown = _as_baked(model) if found else inner
     known = grids(shown)
     rows = [_weight_row(weight, known.get(weight.name), masked=weight.name in masked) for weight in weights(shown)]
-    return Report(rows=rows, skipped=[*skipped_of(inner), *skipped])
+    return Report(rows=rows, skipped=[*skipped_of(inner), *skipped], shrunken=shrunken_of(inner))
 
 
 def _as_baked(prepared: nn.Module) -> nn.Module:

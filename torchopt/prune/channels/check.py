@@ -1,6 +1,6 @@
 """Proof that a network was cut in the right places: it computes what the whole network computes with those channels at zero.
 
-    cut(w)(x) = zeroed(w)(x)
+    cut(w)(x) = zeroed(w)(x)        in evaluation mode, and in training mode where the network runs so
 
 Zeroed means: every removed index of every weight is 0, and what runs over channels (norms, means, softmax) leaves the removed ones
 out. Wherever one index was removed before a reshape, a concatenation or a shuffle, and another one behind it, the two differ. What a
@@ -10,8 +10,8 @@ it would hide what lies behind it.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,19 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
+from torchopt.copies import copied
+from torchopt.errors import DataError, ModelError, first_line
+from torchopt.prune.channels.arguments import Arguments, Examples
 from torchopt.prune.channels.call import Call
 from torchopt.prune.channels.cut import Removed
+from torchopt.prune.channels.fixed import held_still
+from torchopt.prune.channels.outputs import tensors_of
 from torchopt.prune.channels.rules import NORMS, SOFTMAXES, STATISTICS
 
 TOLERANCE = 1e-4  # of the largest output: float32, summed in another order
+LOOSE = 1e-2  # in training mode, where batch norm over few values makes roundings larger
+FEW = 0.01  # of the whole numbers in an output may differ: a rounding decides between two that are nearly equal
 TINY = 1e-3  # weights below it are taken for a start at zero
 Gone = Mapping[int, np.ndarray]  # for the axes that a statistic runs over, the indices that were removed
 
@@ -35,15 +41,25 @@ class Proof:
 
     Args:
         model: the whole network.
-        inputs: the positional arguments of one forward call.
+        inputs: the arguments of one forward call.
+
+    Raises:
+        DataError: on these inputs the network shows nothing: every output is zero or NaN.
+        ModelError: it returns no tensor.
     """
 
-    def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def __init__(self, model: nn.Module, inputs: Examples | Arguments) -> None:
+        given = Arguments.of(model, inputs)
         self.whole = _lively(model)
-        self.inputs = tree_map(_lively_input, inputs)
+        self.inputs = _telling(self.whole, [given.mapped(_lively_input), given.mapped(_wide)])
+        self.twice = self._for_training()
 
     def problem(
-        self, removed: Removed, statistics: Sequence[Gone], cuts: Sequence[Callable[[nn.Module], nn.Module | None]]
+        self,
+        removed: Removed,
+        statistics: Sequence[Gone],
+        cuts: Iterable[Callable[[nn.Module], nn.Module | None]],
+        trained: Sequence[Gone] = (),
     ) -> tuple[str, int]:
         """Try several ways to cut the network; return what is wrong with the last, or the place of the first that is right.
 
@@ -51,56 +67,107 @@ class Proof:
             removed: for each axis of its tensors, what the cut removes.
             statistics: the same for each call of a statistic over channels, in order.
             cuts: make a smaller network out of a whole one, or None where there is nothing to try.
+            trained: `statistics` in training mode.
 
         Returns:
             `("", place)`, or a sentence and -1.
         """
-        zeroed = copy.deepcopy(self.whole)
+        zeroed = copied(self.whole)
         _zero(zeroed, removed)
-        with (
-            torch.no_grad(),
-            sdpa_kernel(SDPBackend.MATH),
-            _WithoutRemoved(statistics),
-        ):  # as in `trace.py`: the same calls, in order
-            expected = [y for y in tree_leaves(zeroed(*self.inputs)) if isinstance(y, torch.Tensor)]
+        expected, _ = _answers(zeroed, self.inputs, statistics)
+        in_training: list[torch.Tensor] | None = None
         problem = ""
         for place, make in enumerate(cuts):
             small = make(self.whole)
             if small is None:
                 continue
-            problem = _problem(small, self.inputs, expected)
+            problem = _problem(small, self.inputs, expected, TOLERANCE)
+            if not problem and self.twice is not None:
+                if in_training is None:
+                    in_training, left = _answers(zeroed.train(), self.twice, trained)
+                    in_training = in_training if left == 0 else []  # other statistics than were followed: it can only be run
+                problem = _problem(small.train(), self.twice, in_training, LOOSE)
+                problem = problem and f"in training mode, {problem}"
             if not problem:
                 return "", place
         return problem, -1
 
+    def _for_training(self) -> Arguments | None:
+        """Inputs for training mode; None where the network does not take them so, shrunken or not."""
+        twice = self.inputs.mapped(_twice)
+        try:
+            _answers(copied(self.whole).train(), twice)
+        except Exception:  # whatever the network's code raises
+            return None
+        return twice
 
-def _problem(small: nn.Module, inputs: tuple[Any, ...], expected: Sequence[torch.Tensor]) -> str:
+
+def _telling(model: nn.Module, choices: Sequence[Arguments]) -> Arguments:
+    """The first inputs on which an output is neither zero nor NaN."""
+    for inputs in choices:
+        try:
+            answers, _ = _answers(model, inputs)
+        except Exception:  # whatever the network's code raises where an input is not what it expects
+            continue
+        if not answers:
+            raise ModelError(
+                f"shrink: {type(model).__name__} returns no tensor, so that no cut can be proved; return what it computes"
+            )
+        if any(_tells(answer) for answer in answers):
+            return inputs
+    raise DataError(
+        "shrink: on the example inputs every output of the network is zero or NaN, so that no cut can be proved; give inputs as they "
+        "occur"
+    )
+
+
+def _tells(answer: torch.Tensor) -> bool:
+    values = answer.abs() if answer.is_complex() else answer.double()
+    return bool((values.isfinite() & (values != 0)).any())
+
+
+def _answers(model: nn.Module, inputs: Arguments, statistics: Sequence[Gone] = ()) -> tuple[list[torch.Tensor], int]:
+    """What a network returns, with randomness held still, and by how many statistics it differs from those foreseen."""
+    without = _WithoutRemoved(statistics)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), held_still(), without:  # as in `trace.py`: the same calls, in order
+        answers = tensors_of(inputs.run(model))
+    return answers, without.beyond + len(without.waiting)
+
+
+def _problem(small: nn.Module, inputs: Arguments, expected: Sequence[torch.Tensor], tolerance: float) -> str:
+    """What is wrong with a smaller network; it need only run where nothing is expected."""
     try:
-        with torch.no_grad():
-            made = [y for y in tree_leaves(small(*inputs)) if isinstance(y, torch.Tensor)]
+        fused = contextlib.nullcontext() if not small.training else sdpa_kernel(SDPBackend.MATH)  # its dropout is not seen
+        with torch.no_grad(), held_still(), fused:
+            made = tensors_of(inputs.run(small))
     except Exception as error:  # whatever the network's code raises where a size is not what it expects
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return f"the network does not run without some of them ({lines[0][:200] if lines else type(error).__name__})"
+        return f"the network does not run without some of them ({first_line(error)[:200]})"
+    if not expected:
+        return ""
+    if len(made) != len(expected):
+        return f"the network would return {len(made)} tensors instead of {len(expected)}"
     for mine, theirs in zip(made, expected, strict=True):
         if mine.shape != theirs.shape:
             return f"an output would have the shape {tuple(mine.shape)} instead of {tuple(theirs.shape)}"
-        if mine.is_floating_point() and not _close(mine, theirs):
+        if not _close(mine, theirs, tolerance):
             return "what is computed from them does not follow when some are removed"
     return ""
 
 
-def _close(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
+def _close(mine: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> bool:
+    if not (mine.is_floating_point() or mine.is_complex()):
+        return mine.numel() == 0 or float((mine != theirs).double().mean()) <= FEW
     finite = theirs.isfinite()
     if not torch.equal(finite, mine.isfinite()):
         return False
     scale = float(theirs[finite].abs().max()) if bool(finite.any()) else 0.0
-    return bool(((mine - theirs)[finite].abs() <= TOLERANCE * scale).all())
+    return bool(((mine - theirs)[finite].abs() <= tolerance * scale).all())
 
 
 @torch.no_grad()
 def _lively(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode, at least in float32, in which nothing is at zero from the start."""
-    twin = copy.deepcopy(model).eval()
+    twin = copied(model).eval()
     generator = torch.Generator().manual_seed(0)
     for name, tensor in twin.named_parameters():
         if tensor.numel() == 0 or not tensor.is_floating_point() or float(tensor.abs().max()) >= TINY:
@@ -120,7 +187,19 @@ def _lively_input(x: Any) -> Any:
         return x
     if bool((x == x.flatten()[0]).all()):
         x = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-    return x if x.dtype == torch.float64 else x.float()
+    return _wide(x)
+
+
+def _wide(x: Any) -> Any:
+    half = isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64
+    return x.float() if half else x
+
+
+def _twice(x: Any) -> Any:
+    """Batch norm in training mode needs more than one value for each channel, and values that differ."""
+    if not isinstance(x, torch.Tensor) or not x.dim():
+        return x
+    return torch.cat([x, 0.7 * x.flip(-1) if x.is_floating_point() else x.flip(-1)])
 
 
 @torch.no_grad()
@@ -136,12 +215,13 @@ class _WithoutRemoved(TorchDispatchMode):
 
     def __init__(self, statistics: Sequence[Gone]) -> None:
         super().__init__()
-        self.waiting = list(statistics)
+        self.waiting, self.beyond = list(statistics), 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         call = Call(func, args, kwargs or {}, None)
         if call.name == "_weight_norm_interface":  # a removed row is 0 / 0
             return tuple(part.nan_to_num() for part in func(*args, **(kwargs or {})))
+        self.beyond += call.name in STATISTICS and not self.waiting
         gone = self.waiting.pop(0) if call.name in STATISTICS and self.waiting else {}
         if not any(len(indices) for indices in gone.values()):
             return func(*args, **(kwargs or {}))

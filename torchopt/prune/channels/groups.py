@@ -7,6 +7,7 @@ the 64 channels that run through a residual stage, the 12 heads of an attention 
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -128,7 +129,7 @@ def _kept(
 ) -> list[Skipped]:
     kept: dict[str, Skipped] = {}
     for name, axes in seen.tensors.items():
-        owner = name.rpartition(".")[0]
+        owner = name.rpartition(".")[0].partition(".parametrizations.")[0]
         module = modules[owner]
         ids = axes[out_dim(module)] if len(axes) > 1 else None
         if owner not in shrinking | kept.keys() and isinstance(module, LAYERS) and ids is not None:
@@ -136,3 +137,9 @@ def _kept(
             if reason not in (OUTPUT, IGNORED):
                 kept[owner] = Skipped(name=owner, technique="shrink", reason=f"keeps its channels: {reason}")
     return list(kept.values())
+
+
+def scope(group: Group) -> str:
+    """Return the dotted path of the smallest module that holds all weights of a group."""
+    owners = zip(*(name.split(".")[:-1] for name, _ in group.axes), strict=False)
+    return ".".join(parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, owners))

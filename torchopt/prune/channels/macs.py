@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any
-
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from torchopt.copies import copied
+from torchopt.prune.channels.arguments import Arguments, Examples
 from torchopt.prune.channels.attention import adopt
 from torchopt.prune.channels.trace import step_by_step
+from torchopt.randomness import random_state_kept
 
 
-def count_macs(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[int, int]:
+def count_macs(model: nn.Module, example_inputs: Examples | Arguments) -> tuple[int, int]:
     """Return (multiply-adds of the convolutions and matrix products of one forward call, parameters).
 
     Example:
@@ -23,12 +23,13 @@ def count_macs(model: nn.Module, example_inputs: tuple[Any, ...]) -> tuple[int, 
         >>> count_macs(nn.MultiheadAttention(4, 2, bias=False), (torch.zeros(1, 4),) * 3)  # 4·4·4 and q·k, w·v
         (72, 64)
     """
-    twin = copy.deepcopy(model).eval().requires_grad_(False)
+    twin = copied(model).eval().requires_grad_(False)
     adopt(twin)  # attention as products, and not as one fused operator
     for module in twin.modules():
         if isinstance(module, nn.RNNBase):
             module.forward = step_by_step(module.forward)  # type: ignore[method-assign]
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        twin(*example_inputs)
+    inputs = Arguments.of(model, example_inputs)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), random_state_kept(), counter:
+        inputs.run(twin)
     return counter.get_total_flops() // 2, sum(parameter.numel() for parameter in twin.parameters())

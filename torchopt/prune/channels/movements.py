@@ -103,8 +103,7 @@ def _place(trace: Trace, axes: Axes, numbers: torch.Tensor) -> None:
         stay(trace, [numbers.flatten()[:1].cpu().numpy().astype(np.int64)], "they are picked by number")
         return
     usual = 1 if along == [1, 2, 3] else along[-1]  # a vector that becomes an image; pixel shuffle
-    carrier = trace.carriers.get(trace.calls, usual)
-    carrier = carrier if carrier in along else usual
+    carrier = trace.carrier(usual, along)
     essence = numbers[tuple(slice(None) if d in along else 0 for d in range(numbers.dim()))].cpu()  # one axis for each in `along`
     first, *others = essence.movedim(along.index(carrier), 0).flatten(1).unbind(1) if len(along) > 1 else [essence]
     ids = first.numpy().astype(np.int64)

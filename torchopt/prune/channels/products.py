@@ -82,6 +82,13 @@ def mm(trace: Trace, call: Call) -> None:
         trace.axes[result] = broadcast(trace, [call.tensors[0], result], result.shape)
 
 
+def mv(trace: Trace, call: Call) -> None:
+    """A matrix times a vector, or two vectors: spectral norms."""
+    a, b = call.tensors[-2:]
+    _contract(trace, a, -1, b, -1)
+    trace.axes[call.results[0]] = axes_of(trace, a)[:-1]
+
+
 def _batch(trace: Trace, a: torch.Tensor, b: torch.Tensor) -> Ids | None:
     """The axis over which a batch of products runs: in attention the heads, which should carry the channels."""
     both = [axes[0] for axes in (trace.of(a), trace.of(b)) if axes is not None]

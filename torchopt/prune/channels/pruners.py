@@ -50,9 +50,10 @@ def prune_module(module: nn.Module, own: Own) -> None:
 
 
 def _steps(module: nn.Module, own: Own) -> Iterator[Step]:
-    if isinstance(module, nn.Linear | _ConvNd):  # what a class of one's own has added to them
+    computed = isinstance(module, nn.Linear | _ConvNd) and "weight" not in module._parameters  # by a parametrization, or a hook
+    if isinstance(module, nn.Linear | _ConvNd) and not computed:  # what a class of one's own has added to them
         yield from ((TensorPruner(name, dim), "out", i) for (name, dim), i in own.items() if name not in ("weight", "bias"))
-    if parametrize.is_parametrized(module) or not isinstance(module, KNOWN):
+    if computed or parametrize.is_parametrized(module) or not isinstance(module, KNOWN):
         yield from ((TensorPruner(name, dim), "out", indices) for (name, dim), indices in own.items())
     elif isinstance(module, HeadAttention):
         yield from attention_steps(module, own)

@@ -15,6 +15,7 @@ channel lies on: embeddings, recurrent layers, attention, other people's modules
 from __future__ import annotations
 
 import math
+import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -41,11 +42,11 @@ def check_importance(importance: str) -> None:
 
 
 @torch.no_grad()
-def scores(model: nn.Module, group: Group, importance: str) -> np.ndarray | None:
+def scores(model: nn.Module, group: Group, importance: str, seed: int = 0) -> np.ndarray | None:
     """Return how much each channel of a group matters, float64 (channels,), or None where nothing of it can be ranked so.
 
     Raises:
-        StateError: importance "taylor", and a weight has no gradient.
+        StateError: importance "taylor", and no weight of the model has a gradient, or one is not finite.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.Linear(2, 1, bias=False))
@@ -55,8 +56,12 @@ def scores(model: nn.Module, group: Group, importance: str) -> np.ndarray | None
         >>> scores(net, group, "magnitude").round(3).tolist()  # (1 + 4) / 2 and (9 + 0) / 2, over their mean
         [0.714, 1.286]
     """
+    if importance == "taylor" and all(p.grad is None for p in model.parameters()):
+        name = next(name for name, _ in group.axes)
+        raise StateError(f"shrink: importance='taylor' reads gradients, and {name} has none; run backward on the model first")
     if importance == "random":
-        return torch.rand(len(group), dtype=torch.float64).numpy()
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {group.layers[0]}".encode()))
+        return torch.rand(len(group), dtype=torch.float64, generator=generator).numpy()
     parts = [
         _of_axis(weight, dim, torch.from_numpy(indices), importance, name)
         for (name, dim), indices in group.axes.items()
@@ -78,17 +83,27 @@ def _ranked_by(model: nn.Module, name: str, importance: str) -> nn.Parameter | N
     norm = parameter == "weight" and isinstance(module, _NormBase | nn.LayerNorm | nn.GroupNorm)
     if importance == "bn_scale":
         return weight if norm and isinstance(module, _NormBase) else None
+    if importance == "taylor" and weight.grad is None:  # frozen, or not in the loss: it has no say
+        return None
     return weight if weight.dim() > 1 or (norm and importance != "fpgm") else None
 
 
 def _of_axis(weight: nn.Parameter, dim: int, indices: torch.Tensor, importance: str, name: str) -> torch.Tensor:
-    """What the slices of one axis say: float (channels,)."""
+    """What the slices of one axis say: float (channels,).
+
+    Raises:
+        StateError: importance "taylor" and a gradient that is not finite.
+    """
     if importance == "fpgm":
         filters = weight.movedim(dim, 0).flatten(1)[indices].flatten(1).float()
         return torch.cdist(filters, filters).sum(dim=1)
     if importance == "taylor":
-        if weight.grad is None:
-            raise StateError(f"shrink: importance='taylor' reads gradients, and {name} has none; run backward on the model first")
+        assert weight.grad is not None
+        if not bool(torch.isfinite(weight.grad).all()):
+            raise StateError(
+                f"shrink: importance='taylor' reads gradients, and that of {name} holds NaN or infinity; take one from a step that "
+                "mixed precision does not skip"
+            )
         measured = (weight * weight.grad).abs()
     else:
         measured = weight.abs() if importance == "bn_scale" else weight.square()

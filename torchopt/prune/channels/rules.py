@@ -21,7 +21,7 @@ import torch
 from torchopt.prune.channels.call import Call
 from torchopt.prune.channels.identity import Axes, real
 from torchopt.prune.channels.movements import MOVEMENTS, cat, channel_shuffle, index, movement, stack
-from torchopt.prune.channels.products import alike, axes_of, broadcast, convolution, embedding, meet, mm, stay
+from torchopt.prune.channels.products import alike, axes_of, broadcast, convolution, embedding, meet, mm, mv, stay
 
 if TYPE_CHECKING:
     from torchopt.prune.channels.trace import Trace
@@ -146,6 +146,7 @@ RULES: dict[str, Callable[[Trace, Call], None]] = {
     **dict.fromkeys((STATISTICS - NORMS) | SUMS | OTHERS, _reduction),
     **dict.fromkeys(BATCH_NORMS, _batch_norm),
     **dict.fromkeys(("mm", "bmm", "addmm", "baddbmm"), mm),
+    **dict.fromkeys(("mv", "dot", "vdot"), mv),
     **dict.fromkeys(("embedding", "_embedding_bag"), embedding),
     **dict.fromkeys(("index", "index_select"), index),
     **dict.fromkeys(("roi_align", "roi_pool"), _roi),

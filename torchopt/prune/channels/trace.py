@@ -12,9 +12,9 @@ choice. Layers that run in training only (auxiliary classifiers) are seen in a s
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,15 +23,20 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from torchopt.copies import copied
+from torchopt.prune.channels.arguments import Arguments
 from torchopt.prune.channels.call import Call
+from torchopt.prune.channels.fixed import held_still
 from torchopt.prune.channels.identity import OUTPUT, Axes, Identities, Ids
+from torchopt.prune.channels.outputs import tensors_of
 from torchopt.prune.channels.rules import STATISTICS, apply_rule
 
 NORM_MODULES = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+Place = tuple[bool, str, int]  # a call: in training mode?, the operator, and how many times it has run in this pass
 MOST_PASSES = 8  # each settles at least one split; transformers need two
 
 
@@ -43,12 +48,14 @@ class Seen:
         identities: numbers, pairs, and what must stay.
         tensors: for each floating-point parameter and buffer, by the name of its first place, the numbers of its axes.
         statistics: for each call of one of `STATISTICS` in evaluation mode, in order, the axes of channels that it runs over.
+        trained: the same in training mode.
         bare: for each norm module without tensors of its own, the numbers of the axes that it normalizes or keeps apart.
     """
 
     identities: Identities = field(default_factory=Identities)
     tensors: dict[str, Axes] = field(default_factory=dict)
     statistics: list[dict[int, Ids]] = field(default_factory=list)
+    trained: list[dict[int, Ids]] = field(default_factory=list)
     bare: dict[str, Axes] = field(default_factory=dict)
 
 
@@ -57,22 +64,24 @@ class Trace(TorchDispatchMode):
 
     Args:
         seen: what is added to.
-        carriers: for some calls that split an axis, by their place in the sequence of all, which new axis carries the channels.
+        carriers: for some calls that split an axis, which new axis carries the channels.
     """
 
-    def __init__(self, seen: Seen, carriers: dict[int, int]) -> None:
+    def __init__(self, seen: Seen, carriers: dict[Place, int]) -> None:
         super().__init__()
         self.seen, self.identities = seen, seen.identities
-        self.carriers, self.requests = carriers, dict[int, int]()
+        self.carriers, self.requests = carriers, dict[Place, int]()
         self.axes, self.used = WeakTensorKeyDictionary(), set[int]()
-        self.calls, self.shadows = 0, dict[int, tuple[int, int]]()
+        self.calls, self.shadows = Counter[str](), dict[int, tuple[Place, int]]()
+        self.place: Place = (False, "", 0)
         self.modules: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operator and note what its results carry."""
         result = func(*args, **(kwargs or {}))
-        self.calls += 1
         call = Call(func, args, kwargs or {}, result)
+        self.calls[call.name] += 1
+        self.place = (self.place[0], call.name, self.calls[call.name])
         self.used |= {id(tensor) for tensor in call.tensors}
         if call.name in STATISTICS:
             self.seen.statistics.append({})
@@ -88,59 +97,92 @@ class Trace(TorchDispatchMode):
         """The module that is running."""
         return self.modules[-1] if self.modules and self.modules[-1] else "the network"
 
+    def start(self, *, training: bool) -> None:
+        """Count the calls anew: a pass in evaluation mode, or in training mode."""
+        self.calls.clear()
+        self.place = (training, "", 0)
+
+    def carrier(self, usual: int, possible: Sequence[int]) -> int:
+        """Which axis carries the channels of the split that the present call makes; in training mode as in evaluation."""
+        asked = self.carriers.get(self.place, self.carriers.get((False, *self.place[1:]), usual))
+        return asked if asked in possible else usual
+
     def new_shadow(self, axis: int, length: int) -> Ids:
         """Return numbers for an axis of the present call's result that could have carried the channels of a split."""
         first = len(self.shadows) + 1
-        self.shadows.update({-n: (self.calls, axis) for n in range(first, first + length)})
+        self.shadows.update({-n: (self.place, axis) for n in range(first, first + length)})
         return -np.arange(first, first + length, dtype=np.int64)
 
     def prefer(self, ids: Ids) -> None:
         """Ask that the axis with these shadows carries the channels of its split, when the passes are run again."""
-        call, axis = self.shadows[int(ids.min())]
-        if call not in self.carriers:
-            self.requests.setdefault(call, axis)
+        place, axis = self.shadows[int(ids.min())]
+        if place not in self.carriers:
+            self.requests.setdefault(place, axis)
 
 
-def follow(model: nn.Module, inputs: tuple[Any, ...]) -> Seen:
+def follow(model: nn.Module, inputs: Arguments) -> Seen:
     """Run `model` on `inputs` and return which indices of its weights belong together.
 
     Args:
         model: it is not changed.
-        inputs: the positional arguments of one forward call.
+        inputs: the arguments of one forward call.
     """
-    carriers: dict[int, int] = {}
+    carriers: dict[Place, int] = {}
     for _ in range(MOST_PASSES):
         trace = Trace(Seen(), carriers)
-        with torch.random.fork_rng(devices=[]):
-            _passes(copy.deepcopy(model).eval(), inputs, trace)
+        twin = copied(model).eval()
+        trained = _passes(twin, inputs, trace)
         if not trace.requests:
             break
         carriers = carriers | trace.requests
+    if not trained:  # what it computes is known; what its statistics see is not
+        known = len(trace.identities.pairs), len(trace.identities.fixed)
+        _in_training(twin, inputs, trace)
+        del trace.identities.pairs[known[0] :], trace.identities.fixed[known[1] :]
     return trace.seen
 
 
-def _passes(model: nn.Module, inputs: tuple[Any, ...], trace: Trace) -> None:
+def _passes(model: nn.Module, inputs: Arguments, trace: Trace) -> bool:
+    """Evaluation, and training too where some layers are for that only; return whether they are."""
     named = dict([*model.named_parameters(), *model.named_buffers()])
     for name, tensor in named.items():
         if tensor.is_floating_point() and tensor.dim():
-            axes: Axes = [trace.identities.fresh(size) if size > 1 else None for size in tensor.shape]
+            kernel = _kernel(model, name, tensor)
+            axes: Axes = [
+                trace.identities.fresh(size) if size > 1 and dim not in kernel else None for dim, size in enumerate(tensor.shape)
+            ]
             trace.axes[tensor] = trace.seen.tensors[name] = axes
     _listen(model, trace)
     _run(model, inputs, trace)
-    if not all(id(p) in trace.used for p in model.parameters()):
-        statistics = list(trace.seen.statistics)
-        with contextlib.suppress(Exception):  # the network cannot be trained with this input, shrunken or not
-            _run(model.train(), tree_map(_twice, inputs), trace)
-        trace.seen.statistics[:] = statistics
+    if all(id(p) in trace.used for p in model.parameters()):
+        return False
+    _in_training(model, inputs, trace)
+    return True
 
 
-def _run(model: nn.Module, inputs: tuple[Any, ...], trace: Trace) -> None:
-    for x in tree_leaves(inputs):
-        if isinstance(x, torch.Tensor):
-            trace.axes[x] = [None] * x.dim()
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), trace:
-        outputs = model(*inputs)
-    for y in tree_leaves(outputs):
+def _in_training(model: nn.Module, inputs: Arguments, trace: Trace) -> None:
+    statistics = list(trace.seen.statistics)
+    trace.seen.statistics[:] = []
+    trace.start(training=True)
+    with contextlib.suppress(Exception):  # the network cannot be trained with this input, shrunken or not
+        _run(model.train(), inputs.mapped(_twice), trace)
+    trace.seen.trained[:] = trace.seen.statistics
+    trace.seen.statistics[:] = statistics
+
+
+def _kernel(model: nn.Module, name: str, tensor: torch.Tensor) -> range:
+    """The axes of a convolution's weight, also of a computed one, along which its kernel extends, and no channels run."""
+    module = model.get_submodule(name.rpartition(".")[0].partition(".parametrizations.")[0])
+    return range(2, tensor.dim()) if isinstance(module, _ConvNd) and tensor.dim() == module.weight.dim() else range(0)
+
+
+def _run(model: nn.Module, inputs: Arguments, trace: Trace) -> None:
+    own = inputs.mapped(lambda x: x.clone() if isinstance(x, torch.Tensor) else x)  # some networks write into their inputs
+    for x in own.tensors():
+        trace.axes[x] = [None] * x.dim()
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), held_still(), trace:
+        outputs = model(*own.args, **own.kwargs)
+    for y in tensors_of(outputs):
         for ids in trace.of(y) or ():
             trace.identities.fix(ids, OUTPUT)
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
-from torchopt.errors import DataError, ModelError, RuleError, StateError, nearest
+from torchopt.copies import copied
+from torchopt.errors import DataError, ModelError, RuleError, StateError, first_line, nearest
+from torchopt.prune.channels.arguments import Arguments
 from torchopt.prune.channels.attention import adopt
 from torchopt.state import find_state
+
+PARALLEL = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 
 def working_copy(model: nn.Module) -> nn.Module:
@@ -21,8 +23,9 @@ def working_copy(model: nn.Module) -> nn.Module:
 
     Raises:
         StateError: the model carries masks or other things that training needs.
-        ModelError: a weight has no shape yet, or is not finite.
+        ModelError: it is wrapped for training in parallel, or a weight has no shape yet, or is not finite.
     """
+    _refuse_parallel(model)
     if find_state(model) is not None or torch_prune.is_pruned(model):
         raise StateError("shrink: the model is prepared for training, its weights are masked or shared; finalize it first")
     for name, parameter in model.named_parameters():
@@ -30,11 +33,22 @@ def working_copy(model: nn.Module) -> nn.Module:
             raise ModelError(f"shrink: {name} has no shape yet; run one batch through the model first")
         if not bool(torch.isfinite(parameter).all()):
             raise ModelError(f"shrink: {name} holds NaN or infinity; its channels cannot be ranked")
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
         ours.grad = None if theirs.grad is None else theirs.grad.detach().clone()
     adopt(twin)
     return twin.eval()
+
+
+def _refuse_parallel(model: nn.Module) -> None:
+    """Ranks that each shrink their own would drift apart, and a wrapper's hooks belong to the Parameters of before."""
+    for name, module in model.named_modules():
+        kind = next((k.__name__ for k in type(module).__mro__ if k.__name__ in PARALLEL), None)
+        if kind is not None:
+            inner = "the network" if kind == "FSDPModule" else f"{name}.module" if name else "model.module"
+            raise ModelError(
+                f"shrink: the model is wrapped in {kind}; shrink {inner} in every process before wrapping it, from equal weights"
+            )
 
 
 def ignored_modules(model: nn.Module, patterns: Sequence[str]) -> set[str]:
@@ -53,7 +67,7 @@ def ignored_modules(model: nn.Module, patterns: Sequence[str]) -> set[str]:
     return found
 
 
-def try_inputs(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+def try_inputs(model: nn.Module, inputs: Arguments) -> None:
     """Run the network once.
 
     Raises:
@@ -61,7 +75,7 @@ def try_inputs(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     """
     try:
         with torch.no_grad():
-            model(*inputs)
+            inputs.run(model)
     except Exception as error:  # whatever the network's code raises
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise DataError(f"shrink: the network does not take the example inputs: {lines[0]}") from error
+        by_name = "" if inputs.kwargs else "; arguments by name are given as a dict"
+        raise DataError(f"shrink: the network does not take the example inputs: {first_line(error)}{by_name}") from error
