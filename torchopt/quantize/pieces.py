@@ -8,7 +8,7 @@ as long as a sample's outputs do not depend on its neighbours; that is tried onc
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +73,17 @@ def kept(calls: Iterable[Call], count: int) -> list[Call]:
         if count <= 0:
             break
     return found
+
+
+def spread(calls: Sequence[Call], count: int) -> list[Call]:
+    """Return calls from all over the list that together hold about `count` samples.
+
+    Example:
+        >>> [int(args[0]) for args, _ in spread([((torch.tensor([i]),), {}) for i in range(6)], 2)]
+        [0, 3]
+    """
+    every = max(1, round(sum(map(samples_of, calls)) / count))
+    return list(calls[::every])
 
 
 def _part(value: Any, size: int, start: int, end: int) -> Any:

@@ -9,6 +9,9 @@ only depthwise layers read it, whose rows have one column. A group is all tensor
 
 ReLU6 is not homogeneous. Its channels are only enlarged, until the largest value that calibration sees reaches 6: below that the
 function is the same, above it saturates where the range of the rounding ends anyway, and the layer still runs as one integer kernel.
+
+That the function stays is proved: on samples spread over the data, the network with its rounding off gives what it gave before. Groups
+that break this are left as they were. A layer is left out beforehand where another module, or the graph itself, reads its parameters.
 """
 
 from __future__ import annotations
@@ -25,13 +28,15 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from torchopt.errors import DataError, ModelError
+from torchopt.proof import TOLERANCE, Run, difference, run
 from torchopt.quantize.activations import ActivationQuantizer
+from torchopt.quantize.agreement import largest_part
 from torchopt.quantize.corrections.walk import holds_table, ordered, rounding
 from torchopt.quantize.folding import folded_once
 from torchopt.quantize.fuse import ends_of
 from torchopt.quantize.kernels import IntegerKernel
 from torchopt.quantize.modules import Fused
-from torchopt.quantize.pieces import Call
+from torchopt.quantize.pieces import Call, spread
 from torchopt.quantize.weight_grid import lsq_start
 from torchopt.surgery import module_of
 from torchopt.weights import Weight
@@ -45,6 +50,7 @@ KEEP_FUNCTIONS = {
 }  # fmt: skip
 SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 KEEP_METHODS = {"add", "add_", "relu", "relu_", "mean", "flatten"}
+PROOF = 16  # samples that the network is compared on
 HALF = 0.5  # of the inequality goes to the activation, the other half to the weights that read it (Xiao et al. 2022, arXiv:2211.10438)
 
 
@@ -56,6 +62,11 @@ class Group:
     readers: list[Fused] = field(default_factory=list)
     peak: torch.Tensor | None = None
     fixed: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """True where all is known that scaling needs."""
+        return not self.fixed and bool(self.makers) and bool(self.readers) and self.peak is not None
 
 
 @torch.no_grad()
@@ -75,8 +86,9 @@ def equalize(model: nn.Module, calls: Sequence[Call]) -> int:
     """
     if not isinstance(model, fx.GraphModule):
         raise ModelError(f"equalize: {type(model).__name__} is not a traced model; use mode='static'")
-    peaks = Peaks(model)
+    peaks, few = Peaks(model), spread(calls, PROOF)
     with rounding(model, enabled=False), folded_once(model.modules()):
+        before = [run(model, call) for call in few]
         for args in ordered(model, calls):
             peaks.run(*args)
     for node, peak in peaks.found.items():
@@ -85,12 +97,38 @@ def equalize(model: nn.Module, calls: Sequence[Call]) -> int:
             raise DataError(
                 f"calibrate: {what} is NaN or infinite on this data; clean it, or leave the layers around it out of the rules"
             )
-    done = 0
-    for group in groups(model, peaks.found):
-        if not group.fixed and group.makers and group.readers and group.peak is not None:
-            _scale(group, factors(group))
-            done += 1
-    return done
+    return _proved(model, [group for group in groups(model, peaks.found) if group.whole], few, before)
+
+
+def _proved(model: nn.Module, wanted: list[Group], calls: Sequence[Call], before: Sequence[Run]) -> int:
+    """Scale the groups with which the outputs stay as they were `before`; return how many."""
+    scales = {group: factors(group) for group in wanted}
+    originals = [(tensor, tensor.clone()) for tensor in _touched(wanted)]
+
+    def stands(some: list[Group]) -> bool:
+        for tensor, original in originals:
+            tensor.copy_(original)
+        for group in some:
+            _scale(group, scales[group])
+        for layer in _layers(wanted):
+            _see(layer)
+        with rounding(model, enabled=False), folded_once(model.modules()):
+            return all(difference(was, run(model, call)) <= TOLERANCE for was, call in zip(before, calls, strict=True))
+
+    kept = largest_part(wanted, stands)
+    if len(kept) < len(wanted):
+        stands(kept)  # the last trial may have been another
+    return len(kept)
+
+
+def _layers(wanted: list[Group]) -> list[Fused]:
+    return list(dict.fromkeys(layer for group in wanted for layer in (*group.makers, *group.readers)))
+
+
+def _touched(wanted: list[Group]) -> list[torch.Tensor]:
+    """All tensors that scaling may write into."""
+    found = {id(t): t for layer in _layers(wanted) for t in (*layer.parameters(), *layer.buffers())}
+    return list(found.values())
 
 
 class Peaks(fx.Interpreter):
@@ -119,10 +157,11 @@ def groups(model: fx.GraphModule, peaks: dict[fx.Node, torch.Tensor]) -> list[Gr
     """Return the groups in the order of the graph; those that anything else touches are marked fixed."""
     of: dict[fx.Node, Group] = {}
     calls = Counter(node.target for node in model.graph.nodes if node.op == "call_module")
+    shared = read_elsewhere(model)
     for node in model.graph.nodes:
         module = module_of(model, node)
         group = of[node] = Group(peak=peaks.get(node))
-        if isinstance(module, Fused) and calls[node.target] == 1 and _takes_part(module):
+        if isinstance(module, Fused) and calls[node.target] == 1 and _takes_part(module, shared):
             group.makers.append(module)
             of[node.all_input_nodes[0]].readers.append(module)
             group.fixed = module.bn is not None and module.bn.weight is None
@@ -179,6 +218,11 @@ def _multiply(layer: Fused, factor: torch.Tensor) -> None:
     """Multiply what stands under the layer's weight."""
     weight = Weight(module_name="", module=layer, param="weight", kind="custom")
     weight.trainable.mul_(factor)
+
+
+def _see(layer: Fused) -> None:
+    """After its parameters were written: what a mask shows of the weight, and where a learned scale starts."""
+    weight = Weight(module_name="", module=layer, param="weight", kind="custom")
     if weight.trainable is not layer.weight:
         layer.weight = weight.value
     if layer.config.learn_scale:
@@ -189,9 +233,17 @@ def _is_linear(model: nn.Module, node: fx.Node) -> bool:
     return isinstance(module_of(model, node), nn.Linear)
 
 
-def _takes_part(layer: Fused) -> bool:
+def _takes_part(layer: Fused, shared: set[int]) -> bool:
     free = layer.out_axis == 0 and not isinstance(layer, nn.Embedding) and not holds_table(layer)
-    return layer.config.equalize and free
+    return layer.config.equalize and free and shared.isdisjoint(p.data_ptr() for p in layer.parameters())
+
+
+def read_elsewhere(model: fx.GraphModule) -> set[int]:
+    """Return the addresses of parameters that several modules hold (tied weights), or that the graph reads by itself."""
+    held = Counter(p.data_ptr() for module in model.modules() for p in module._parameters.values() if p is not None)
+    read = {str(node.target) for node in model.graph.find_nodes(op="get_attr")}
+    by_graph = {p.data_ptr() for name, p in model.named_parameters(remove_duplicate=False) if name in read}
+    return {address for address, count in held.items() if count > 1 and address} | by_graph
 
 
 def _top(layer: Fused) -> float:
