@@ -39,6 +39,7 @@ WEIGHTS: dict[str, tuple[int, ...]] = {  # kind of layer → the inputs that may
     **dict.fromkeys(("QLinearConv", "QLinearConvTranspose", "QGemm"), (3,)),
     "QLinearMatMul": (3, 0),
     **dict.fromkeys(("Attention", "QAttention"), (1,)),  # of com.microsoft; the standard Attention has no weight
+    "Einsum": (1, 0, 2),
     **dict.fromkeys(("LSTM", "GRU", "RNN", "DynamicQuantizeLSTM", "AttnLSTM"), (1, 2)),
 }
 BOTH = {
@@ -93,6 +94,15 @@ class Constant:
     def replaceable(self) -> bool:
         """Whether a caller may give another tensor for it: it is an input of its graph too."""
         return self.value.is_graph_input()
+
+    @property
+    def dtype(self) -> ir.DataType | None:
+        """The type of its elements; of a packed weight, of the values that its table holds."""
+        if self.tensor is not None:
+            return self.tensor.dtype
+        node = self.value.producer()
+        parts = [v.const_value for v in node.inputs if v is not None and v.const_value is not None] if node is not None else []
+        return parts[-1].dtype if parts else self.value.dtype
 
     @property
     def stored_bytes(self) -> int:
