@@ -69,7 +69,8 @@ def add_inputs(total: torch.Tensor, module: nn.Module, x: torch.Tensor) -> None:
     """
     spatial = len(module.kernel_size) if isinstance(module, _ConvNd) else 0
     channels = x.detach().float().movedim(-1 - spatial, 0).flatten(1)  # (in, everything else)
-    total += channels.square().sum(dim=1)
+    squares = channels.square().sum(dim=1)
+    total += torch.where(squares.isfinite(), squares, torch.zeros_like(squares))  # a pass that overflowed tells nothing
 
 
 def scores(weight: Weight, config: Prune, gathered: torch.Tensor | None) -> Scores:

@@ -10,6 +10,7 @@ steps.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,12 +20,14 @@ from torch import nn
 from torchopt.errors import ModelError
 from torchopt.prune.attach import in_axis, installed
 from torchopt.prune.config import Prune
+from torchopt.prune.gathering import add_gradients, share_inputs
 from torchopt.prune.mask import Mask
 from torchopt.prune.pattern import largest_of_groups, pool, spread
-from torchopt.prune.score import GATHERS, add_gradient, scores
+from torchopt.prune.score import scores
 from torchopt.prune.select import Scores, keep_largest
 
 Placed = tuple[nn.Module, Mask]
+EMPTIED = 1 / 20  # of its share of the weights that stay: what a tensor keeps at least, or there is a warning
 
 
 @torch.no_grad()
@@ -51,11 +54,8 @@ def update(model: nn.Module, step: int) -> bool:
         (True, 16)
     """
     placed = installed(model)
-    for module, mask in placed:
-        if mask.config.score in GATHERS:
-            total = mask.gathered(module)
-            assert total is not None
-            add_gradient(total, mask.leaf(module), mask.config, mask.weight_name)
+    add_gradients(placed)
+    share_inputs(placed)
     for group in _groups([(module, mask) for module, mask in placed if mask.config.timing.fires(step)]):
         choose(group, group[0][1].config.timing.sparsity_at(step))
     _multiply(placed)
@@ -71,6 +71,7 @@ def finish(model: nn.Module) -> bool:
         ModelError: a weight is NaN or infinite.
     """
     placed = installed(model)
+    share_inputs(placed)
     for group in _groups(placed):
         choose(group, group[0][1].config.timing.final)
     _multiply(placed)
@@ -116,10 +117,7 @@ def unfinished(model: nn.Module, step: int) -> list[Unfinished]:
 @torch.no_grad()
 def gather(model: nn.Module, gradients: Mapping[str, torch.Tensor]) -> None:
     """Add one sample's gradients, by weight name, to the scores that gather them, in place; for `finish` without training."""
-    for module, mask in installed(model):
-        total, gradient = mask.gathered(module), gradients.get(mask.weight_name)
-        if mask.config.score in GATHERS and total is not None and gradient is not None:
-            add_gradient(total, mask.leaf(module), mask.config, mask.weight_name, gradient)
+    add_gradients(installed(model), gradients)
 
 
 def observes(model: nn.Module) -> bool:
@@ -135,12 +133,26 @@ def choose(group: Sequence[Placed], sparsity: float) -> None:
         chosen = [_of_groups(entry, mask, sparsity) for entry, (_, mask) in zip(ranked, group, strict=True)]
     else:
         chosen = _ranked_units(ranked, [mask for _, mask in group], config, sparsity)
+    if config.scope == "global" and sparsity >= config.timing.final:
+        _warn_of_emptied(chosen, [mask.weight_name for _, mask in group], sparsity)
     for new, (module, mask) in zip(chosen, group, strict=True):
         old = mask.mask(module)
         if mask.remembers(module):
             old &= new
         else:
             old.copy_(new)
+
+
+def _warn_of_emptied(chosen: Sequence[torch.Tensor], names: Sequence[str], sparsity: float) -> None:
+    """Ranked together, a tensor of small weights may keep next to nothing, and pass next to nothing on."""
+    for mask, name in zip(chosen, names, strict=True):
+        left = int(torch.count_nonzero(mask))
+        if left < EMPTIED * (1.0 - sparsity) * mask.numel():
+            warnings.warn(
+                f"prune: scope='global' leaves {left:,} of {mask.numel():,} weights of {name}; the network may stop there: set min_keep "
+                f"to a fraction such as {0.2 * (1.0 - sparsity):.2g}, or leave this layer out",
+                stacklevel=2,
+            )
 
 
 def _groups(placed: Sequence[Placed]) -> list[list[Placed]]:
