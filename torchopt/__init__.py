@@ -3,6 +3,7 @@
 from torchopt.importing import unnoticed
 
 with unnoticed():
+    from torchopt.average import ema_multi_avg_fn
     from torchopt.batch_norm import reestimate_batch_norm
     from torchopt.checkpoint import load, save
     from torchopt.cluster import Cluster
@@ -53,6 +54,7 @@ __all__ = [
     "Verdict",
     "benchmark",
     "calibrate",
+    "ema_multi_avg_fn",
     "export",
     "finalize",
     "inspect",

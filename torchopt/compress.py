@@ -25,8 +25,9 @@ from torchopt.batches import Batch
 from torchopt.cluster import Cluster
 from torchopt.copies import copied, twin
 from torchopt.earlier import Left, left_behind
-from torchopt.errors import RuleError, StateError
+from torchopt.errors import RuleError
 from torchopt.fallback import faster_rules
+from torchopt.intact import check_finished, check_intact
 from torchopt.prune import ConstantSparsity, Prune
 from torchopt.prune.plan import plan_of
 from torchopt.refusals import refuse_model, refuse_weights
@@ -92,6 +93,7 @@ def attach(
     ready = _attach_scales(ready, assigned, example_inputs, target)
     skipped = _left_float(ready, assigned) + _attach(ready, assigned, found)
     quantization.settle_scales(ready)
+    quantization.round_for_readers(ready)
     state = State(rules, [a.weight.name for a in assigned], target, _signature(example_inputs), found, skipped, plan, origin)
     ready.add_module(ATTRIBUTE, state)
     return ready
@@ -149,45 +151,26 @@ def finalize(model: nn.Module, *, unfinished: bool = False) -> nn.Module:
         unfinished: bake masks and tables as they are, also where their schedules have not come to an end (early stopping).
 
     Raises:
-        StateError: the model was not prepared, a schedule has not reached its final sparsity, shared values are still soft, or an
-            activation quantizer has not seen data; the model is as before.
+        StateError: the model was not prepared, a schedule has not reached its final sparsity, shared values are still soft, an
+            activation quantizer has not seen data, or something (an average of models) has written over masks, codes or the step counter;
+            the model is as before.
     """
     prepared, state = require_state(model, "finalize")
+    check_intact(prepared, state)
     if not unfinished:
-        _check_schedules(prepared, int(state.step))
+        check_finished(prepared, int(state.step))
     return _baked(prepared)
 
 
 def _baked(prepared: nn.Module) -> nn.Module:
     plain = copy.deepcopy(prepared)
+    quantization.stop_rounding(plain)
     clustering.bake(plain)
     pruning.bake(plain)
     plain = quantization.bake(plain)
     if ATTRIBUTE in plain._modules:
         del plain._modules[ATTRIBUTE]
     return plain
-
-
-def _check_schedules(prepared: nn.Module, step: int) -> None:
-    """Refuse masks that are less sparse than asked, and soft tables: training stopped early, or forgot to call `step`."""
-    waiting = pruning.unfinished(prepared, step)
-    if waiting and step == 0:
-        raise StateError(
-            "finalize: step was never called, so no mask was ever computed; call torchopt.step(model) after each "
-            "optimizer.step(), or compress without training by torchopt.one_shot(model, rules)"
-        )
-    soft = clustering.soft_until(prepared)
-    if soft:
-        raise StateError(
-            f"finalize: after step {step}, shared values are soft until step {soft}, and the final model's are hard; train on, set "
-            "Cluster.soft_until lower, or bake them as they are with finalize(model, unfinished=True)"
-        )
-    if waiting:
-        more = f" ({len(waiting) - 1} more weights wait too)" if len(waiting) > 1 else ""
-        raise StateError(
-            f"finalize: after step {step}, {waiting[0]}{more}; train on until step {max(w.done_step for w in waiting)}, "
-            "end the schedule earlier, or take the masks as they are with finalize(model, unfinished=True)"
-        )
 
 
 def _attach_scales(

@@ -2,6 +2,8 @@
 
 `prepare` hangs it on the model as the submodule `torchopt_state`, so that it travels in the `state_dict`: a resumed run goes on
 at the right step of every schedule, and a checkpoint that was made under other rules is refused by name instead of half loading.
+The counter has a seal beside it: an average of two models' counters breaks it, and is noticed. A module may hold several prepared
+networks (a generator and its critic); averaged copies of one (`torch.optim.swa_utils.AveragedModel`) do not count as another.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import nn
 
 from torchopt.copies import Origin
 from torchopt.errors import StateError
+from torchopt.seal import seal
 from torchopt.weights import Skipped
 
 ATTRIBUTE = "torchopt_state"
@@ -37,6 +40,7 @@ class State(nn.Module):
     """
 
     step: torch.Tensor
+    seal: torch.Tensor
     fingerprint: torch.Tensor
 
     def __init__(
@@ -60,6 +64,7 @@ class State(nn.Module):
         self.origin = Origin(origin)
         self.ranks_agree = False
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("seal", seal(self.step))
         self.register_buffer("fingerprint", _digest(repr((_chosen(self.rules), sorted(names), target))))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -70,7 +75,13 @@ class State(nn.Module):
         """Count one optimizer step and return its number, 1 for the first."""
         self.step += 1
         self.origin.network = None
+        self.seal.copy_(seal(self.step))
         return int(self.step)
+
+    @property
+    def intact(self) -> bool:
+        """True while the counter is one that `advance` has left."""
+        return torch.equal(self.seal, seal(self.step))
 
     def check_ranks(self) -> None:
         """Refuse to train when the processes of a distributed run were prepared with different rules.
@@ -96,6 +107,9 @@ class State(nn.Module):
                 "prepared with; prepare the model with the rules of the checkpoint"
             )
         self.origin.network = None
+        counted = state_dict.get(prefix + "step")
+        if counted is not None:
+            state_dict.setdefault(prefix + "seal", seal(counted))  # files from before there were seals
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -12,15 +12,17 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from torchopt.cluster.config import Cluster
 from torchopt.cluster.fit import tables
 from torchopt.cluster.shared import COUNT_EVERY, SharedWeights
 from torchopt.cluster.straight import grid_scale
+from torchopt.computed import SHOWN, can_be_pickled, show
 from torchopt.errors import ModelError, RuleError
 from torchopt.grid import set_grid
-from torchopt.weights import Skipped, Weight, is_pruned
+from torchopt.weights import Skipped, Weight, is_pruned, keeps_zeros
 
 POSITION = "_torchopt_position"  # of a weight among its module's parameters, kept on the list of its parametrizations
 
@@ -68,20 +70,33 @@ def update(model: nn.Module, step: int) -> bool:
     tables = {id(shared): (weight, shared) for weight, shared in shared_weights(model)}
     for weight, shared in tables.values():
         if shared.config.soft_until:
-            shared.softness.fill_(max(0.0, 1.0 - step / shared.config.soft_until))
+            shared.softness.fill_(max(0, shared.config.soft_until - step))
         turn, late = divmod(step, shared.config.frequency)
         if not late:
             _refresh(weight, shared)
             if turn % COUNT_EVERY == 0:
                 shared.recount()
         elif (mask := _mask(weight)) is not None:
-            shared.codes.mul_(shared.grouped(mask))  # weights masked since the last turn
+            shared.mask_(mask)  # weights masked since the last turn
     return bool(tables)
 
 
 def soft_until(model: nn.Module) -> int:
     """Return the optimizer step until which some table of `model` is soft, 0 where none is."""
     return max((shared.config.soft_until for _, shared in shared_weights(model) if shared.soft), default=0)
+
+
+def damaged(model: nn.Module) -> str | None:
+    """Say which codes of `model` are not those that the last step has left, and how that is seen; None where all are."""
+    for weight, shared in shared_weights(model):
+        entries = shared.table.shape[1]
+        if int(shared.codes.max()) >= entries:
+            return f"the codes of {weight.name} go up to {int(shared.codes.max())}, and its table has {entries} entries"
+        if not shared.intact:
+            return f"the codes of {weight.name} are not those that its last step has left"
+        if not bool(torch.isfinite(shared.table).all()):
+            return f"the table of {weight.name} holds NaN or infinity"
+    return None
 
 
 def _refresh(weight: Weight, shared: SharedWeights) -> None:
@@ -177,12 +192,25 @@ def _register(weight: Weight, shared: SharedWeights) -> None:
     module, leaf = weight.module, _leaf_name(weight)
     position = list(module._parameters).index(leaf)
     parametrize.register_parametrization(module, leaf, shared, unsafe=True)
+    can_be_pickled(module)
     module.parametrizations[leaf].__dict__[POSITION] = position  # type: ignore[index, union-attr]
     shared.train(module.training)
+    if leaf != weight.param and not isinstance(module, nn.RNNBase | NonDynamicallyQuantizableLinear):
+        show(
+            module, weight.param, _masked
+        )  # whoever reads it; an RNN keeps its own list, and attention's projection has its property
     if isinstance(module, nn.RNNBase) and _mask(weight) is None:
         module.register_forward_pre_hook(_publish)
         module.register_forward_hook(_withdraw, always_call=True)
         _withdraw(module)
+
+
+def _masked(module: nn.Module, param: str) -> Tensor:
+    """The shared values under the mask, as forward uses them, with their gradient."""
+    value: Tensor = getattr(module, f"{param}_orig")
+    if keeps_zeros(module, f"{param}_orig"):
+        return value
+    return torch.where(module._buffers[f"{param}_mask"], value, torch.zeros((), dtype=value.dtype, device=value.device))  # type: ignore[arg-type]
 
 
 def _record_grid(weight: Weight, shared: SharedWeights, bits: int) -> None:
@@ -201,7 +229,9 @@ def _strip(module: nn.Module, leaf: str, parameter: nn.Parameter) -> None:
     del stacks[leaf]
     kind = type(module)
     if len(stacks):  # something of the user's remains: a class like the injected one, without our attribute
-        rest = {name: thing for name, thing in vars(kind).items() if name not in (leaf, "__dict__", "__weakref__")}
+        gone = (leaf, leaf.removesuffix("_orig"), SHOWN, "__dict__", "__weakref__")
+        rest = {name: thing for name, thing in vars(kind).items() if name not in gone}
+        rest[SHOWN] = {name: getter for name, getter in vars(kind).get(SHOWN, {}).items() if name not in gone}
         module.__class__ = type(kind.__name__, kind.__bases__, rest)
     else:
         del module._modules["parametrizations"]

@@ -23,6 +23,7 @@ from torchopt.cluster.kmeans import refilled
 from torchopt.cluster.soft import soft_values
 from torchopt.cluster.straight import Gathered, Shared, on_grid
 from torchopt.errors import ModelError
+from torchopt.seal import seal
 
 COUNT_EVERY = 16
 PROBE = 4096  # codes among which each entry of a table that is well used occurs
@@ -41,6 +42,7 @@ class SharedWeights(nn.Module):
     """
 
     codes: Tensor
+    seal: Tensor
     members: Tensor
     softness: Tensor
 
@@ -50,9 +52,22 @@ class SharedWeights(nn.Module):
         self.shape = tuple(shape)
         self.table = nn.Parameter(table.clone(), requires_grad=True)
         self.register_buffer("codes", codes)
+        self.register_buffer("seal", seal(codes))
         self.register_buffer("members", torch.zeros(table.shape, dtype=torch.int64, device=table.device))
-        self.register_buffer("softness", torch.tensor(float(config.soft_until > 0), device=table.device))
+        soft = torch.tensor(config.soft_until, device=table.device) if config.soft_until else None
+        self.register_buffer("softness", soft)  # steps left, a whole number: averages leave it alone
         self.rendered: tuple[Tensor, Any, Tensor] | None = None  # ŵ, which codes it is of, which table
+
+    @property
+    def intact(self) -> bool:
+        """True while the codes are those that `refresh` has left."""
+        return torch.equal(self.seal, seal(self.codes))
+
+    @torch.no_grad()
+    def mask_(self, mask: Tensor) -> None:
+        """Give masked weights code 0, in place."""
+        self.codes.mul_(self.grouped(mask))
+        self.seal.copy_(seal(self.codes))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "rendered": None}
@@ -79,7 +94,7 @@ class SharedWeights(nn.Module):
     @property
     def temperature(self) -> float:
         """Of the soft assignment, now."""
-        return self.config.temperature * float(self.softness)
+        return self.config.temperature * int(self.softness) / self.config.soft_until
 
     def values(self) -> Tensor:
         """The table as forward uses it (groups, k): on its integer grid where the configuration asks for one."""
@@ -114,6 +129,7 @@ class SharedWeights(nn.Module):
         if self._refill(weight):
             self._assign(weight)
             self.recount()  # else the mean over the new members would divide by none
+        self.seal.copy_(seal(self.codes))
 
     @torch.no_grad()
     def recount(self) -> None:
@@ -154,8 +170,9 @@ class SharedWeights(nn.Module):
             return torch.empty(self.shape, dtype=table.dtype, device=table.device)
         return buffer
 
-    def _codes_now(self) -> tuple[int, int]:
-        return self.codes._version, self.codes.data_ptr()
+    def _codes_now(self) -> tuple[int, int, int]:
+        """What tells codes apart, also where somebody has written through `.data`, which bypasses the version."""
+        return self.codes._version, self.codes.data_ptr(), int(self.seal)
 
     def table_gradient(self, gradient: Tensor) -> Tensor:
         """Aggregate ∂L/∂ŵ (the weight's shape) over the members of each entry (groups, k)."""
@@ -202,3 +219,13 @@ class SharedWeights(nn.Module):
         moved = torch.from_numpy(values != entries.numpy())
         self.table[group, order[moved].to(self.table.device)] = torch.from_numpy(values)[moved].to(self.table)
         return bool(moved.any())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        codes, softness = state_dict.get(prefix + "codes"), state_dict.get(prefix + "softness")
+        if codes is not None:
+            state_dict.setdefault(prefix + "seal", seal(codes))  # files from before there were seals
+        if softness is not None and softness.is_floating_point():  # and those that kept the fraction, also of hard tables
+            state_dict[prefix + "softness"] = torch.round(softness * self.config.soft_until).long()
+            if self.softness is None:
+                del state_dict[prefix + "softness"]
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -2,6 +2,7 @@
 
 from torchopt.prune.attach import attach, bake, mask_of
 from torchopt.prune.config import Prune
+from torchopt.prune.intact import damaged
 from torchopt.prune.score import GATHERS
 from torchopt.prune.update import finish, gather, observes, unfinished, update
 from torchopt.schedule import ConstantSparsity, CosineDecay, MultiStep, PolynomialDecay, Schedule
@@ -16,6 +17,7 @@ __all__ = [
     "Schedule",
     "attach",
     "bake",
+    "damaged",
     "finish",
     "gather",
     "mask_of",

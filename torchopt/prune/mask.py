@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.prune import BasePruningMethod
 
+from torchopt.computed import is_shown
 from torchopt.errors import StateError
 from torchopt.prune.config import Prune
 from torchopt.prune.score import add_inputs, empty_gathered, gathered_name
@@ -59,8 +60,12 @@ class Mask(BasePruningMethod):
         if self.config.score == "wanda":
             with torch.no_grad():
                 add_inputs(module._buffers[f"{self._tensor_name}_inputs"], module, inputs[0])  # type: ignore[arg-type]
-        if not isinstance(module, MaskedProjection):
+        if not self._is_read(module):
             self.publish(module)
+
+    def _is_read(self, module: nn.Module) -> bool:
+        """True where a property makes the masked weight ready whenever it is read."""
+        return isinstance(module, MaskedProjection) or is_shown(module, self._tensor_name)
 
     def publish(self, module: nn.Module) -> torch.Tensor:
         """Set `module.<param>` to the masked weight and return it."""
@@ -68,7 +73,7 @@ class Mask(BasePruningMethod):
         leaf = module._parameters.get(f"{name}_orig")
         if leaf is None or not _is_own_leaf(leaf):
             product = getattr(module, f"{name}_orig") if keeps_zeros(module, f"{name}_orig") else self.apply_mask(module)
-            if not isinstance(module, MaskedProjection):
+            if not self._is_read(module):
                 setattr(module, name, product)
             return product
         if not torch.compiler.is_compiling():

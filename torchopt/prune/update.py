@@ -56,7 +56,7 @@ def update(model: nn.Module, step: int) -> bool:
     placed = installed(model)
     add_gradients(placed)
     share_inputs(placed)
-    for group in _groups([(module, mask) for module, mask in placed if mask.config.timing.fires(step)]):
+    for group in groups([(module, mask) for module, mask in placed if mask.config.timing.fires(step)]):
         choose(group, group[0][1].config.timing.sparsity_at(step))
     _multiply(placed)
     return bool(placed)
@@ -72,7 +72,7 @@ def finish(model: nn.Module) -> bool:
     """
     placed = installed(model)
     share_inputs(placed)
-    for group in _groups(placed):
+    for group in groups(placed):
         choose(group, group[0][1].config.timing.final)
     _multiply(placed)
     return bool(placed)
@@ -155,7 +155,7 @@ def _warn_of_emptied(chosen: Sequence[torch.Tensor], names: Sequence[str], spars
             )
 
 
-def _groups(placed: Sequence[Placed]) -> list[list[Placed]]:
+def groups(placed: Sequence[Placed]) -> list[list[Placed]]:
     """Those with scope "global" and equal configurations together, every other mask by itself."""
     together: dict[Prune, list[Placed]] = {}
     alone = []
@@ -184,11 +184,25 @@ def _scores(module: nn.Module, mask: Mask) -> Scores:
 
 def _ranked_units(ranked: Sequence[Scores], masks: Sequence[Mask], config: Prune, sparsity: float) -> list[torch.Tensor]:
     units = [_pooled(entry, config, mask.out_axis) for entry, mask in zip(ranked, masks, strict=True)]
-    keep = max(round(sum(entry.count for entry in units) * (1.0 - sparsity)), 1)
-    floors = [max(1, math.ceil(config.min_keep * entry.count)) for entry in units]
-    kept = keep_largest(units, keep, floors=floors)
+    counts = [entry.count for entry in units]
+    kept = keep_largest(units, how_many(counts, config, sparsity), floors=_floors(counts, config))
     shapes = [entry.values.shape for entry in ranked]
     return [spread(new, shape, config, mask.out_axis) for new, shape, mask in zip(kept, shapes, masks, strict=True)]
+
+
+def how_many(counts: Sequence[int], config: Prune, sparsity: float) -> int:
+    """Return how many units survive of tensors with so many units each, ranked together.
+
+    Example:
+        >>> how_many([100, 10], Prune(schedule=0.9, scope="global"), 0.9)
+        11
+    """
+    keep = max(round(sum(counts) * (1.0 - sparsity)), 1)
+    return min(max(keep, sum(map(min, counts, _floors(counts, config)))), sum(counts))
+
+
+def _floors(counts: Sequence[int], config: Prune) -> list[int]:
+    return [max(1, math.ceil(config.min_keep * count)) for count in counts]
 
 
 def _pooled(entry: Scores, config: Prune, out_axis: int) -> Scores:

@@ -14,6 +14,7 @@ with warnings.catch_warnings():
     from torchopt.quantize.dynamic import DynamicLinear
     from torchopt.quantize.harm import harms
     from torchopt.quantize.kernels import IntegerKernel, link_kernels
+    from torchopt.quantize.read import round_for_readers, stop_rounding
     from torchopt.quantize.rounded import Rounded
 
 __all__ = [
@@ -33,8 +34,10 @@ __all__ = [
     "load_ranges",
     "observes",
     "open_attentions",
+    "round_for_readers",
     "save_ranges",
     "settle_scales",
+    "stop_rounding",
     "synchronize",
     "update",
 ]

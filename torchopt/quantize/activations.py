@@ -22,6 +22,7 @@ from torchopt.quantize.observers import make
 from torchopt.quantize.rounding import fake_quantize, in_memory_order, learned_fake_quantize
 
 TRAINING_MOMENTUM = 0.01  # torch.ao's averaging constant: ranges follow about the last hundred steps
+APART = 0.01  # of the scale: averages of ends and scale drift apart by their roundings, and no further
 SMALLEST_SCALE = 2.0**-24  # keeps bias / (s_x · s_w) inside int32 for constant activations
 
 
@@ -118,6 +119,30 @@ class ActivationQuantizer(FakeQuantizeBase):
         super().enable_fake_quant(enabled)
         self._mirror()
 
+    def train(self, mode: bool = True) -> ActivationQuantizer:
+        """Set the mode; in evaluation flags and zero point are those of the buffers, which an average or a copy may have written."""
+        super().train(mode)
+        self._mirror()
+        if not mode:
+            self.settle()
+        return self
+
+    @property
+    def agrees(self) -> bool:
+        """True unless the scale in use is another than the range asks for: by more than an average of ranges makes of it."""
+        if self.learn or self.fixed or self.symmetric or not (self.calibrated and bool(self.fake_quant_enabled)):
+            return True
+        scale, _ = self._of_range()
+        return bool((self.scale[0] - scale).abs() <= APART * scale)
+
+    def settle(self) -> None:
+        """Take the zero point of the range where another stands, such as that of a newer range beside averaged ends."""
+        if self.learn or self.fixed or not self.calibrated or not self.agrees:
+            return
+        scale, zero_point = self._of_range()
+        if bool((self.scale[0] - scale).abs() > APART * scale) or int((self.zero_point[0] - zero_point).abs()) > 1:
+            self._set_scale()
+
     def set_range(self, low: torch.Tensor, high: torch.Tensor) -> None:
         """Represent [low, high] from now on.
 
@@ -131,8 +156,11 @@ class ActivationQuantizer(FakeQuantizeBase):
         self._set_scale()
         self.ready = True
 
+    def _of_range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return scale_and_zero_point(self.min_val, self.max_val, self.quant_min, self.quant_max, self.symmetric)
+
     def _set_scale(self) -> None:
-        scale, zero_point = scale_and_zero_point(self.min_val, self.max_val, self.quant_min, self.quant_max, self.symmetric)
+        scale, zero_point = self._of_range()
         with torch.no_grad():
             self.scale.copy_(scale.reshape(1))
             self.zero_point.copy_(zero_point.reshape(1))
@@ -155,6 +183,8 @@ class ActivationQuantizer(FakeQuantizeBase):
             return x
         if self.training and self.observing and not (self.learn and self.ready):  # a learned scale starts from the first batch
             return self._follow(x)
+        if not (self.ready or self.training or torch.compiler.is_compiling()):
+            self._mirror()  # a copy made before the first batch has its range written into it
         if not (self.ready and self.rounding):
             return x
         if self.learn:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
@@ -28,7 +30,7 @@ def bake(model: nn.Module) -> nn.Module:
         model: what `attach` returned, masks and tables already baked; it is consumed.
 
     Raises:
-        StateError: an activation quantizer has not seen data.
+        StateError: an activation quantizer has not seen data, or its scale is not that of its range.
     """
     _check_calibrated(model)
     if isinstance(model, fx.GraphModule):
@@ -73,11 +75,20 @@ class Tied:
 
 def _check_calibrated(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, ActivationQuantizer) and not module.calibrated:
+        if not isinstance(module, ActivationQuantizer):
+            continue
+        low, high, scale = float(module.min_val), float(module.max_val), float(module.scale.detach())
+        if math.isnan(low) or math.isnan(high) or not math.isfinite(scale) or not module.agrees:
+            raise StateError(
+                f"finalize: {name_of_value(model, name)} has the range [{low:.4g}, {high:.4g}] and the scale {scale:.4g}, which do not "
+                "belong together; something has written over one of them: load the last good state, or calibrate again"
+            )
+        if not module.calibrated:
             raise StateError(
                 f"finalize: {name_of_value(model, name)} has not seen any data, so no range is known; train the prepared model, or call "
                 "torchopt.calibrate(model, batches) first"
             )
+        module.settle()
 
 
 def _bake_activations(model: fx.GraphModule) -> None:

@@ -20,6 +20,7 @@ from torchopt.quantize.config import Quantize
 from torchopt.quantize.gates import expand, gate_of
 from torchopt.quantize.layers import FusedEmbedding, fused
 from torchopt.quantize.modules import Fused
+from torchopt.quantize.read import read_paths
 from torchopt.quantize.targets import Target
 from torchopt.quantize.trace import example
 from torchopt.surgery import module_of, set_module
@@ -36,7 +37,7 @@ def fuse(traced: fx.GraphModule, assignment: dict[str, Quantize], target: Target
         Paths of assigned modules that the graph does not call as layers of a known class: they stay float.
     """
     left = []
-    calls = _calls(traced)
+    calls, read = _calls(traced), read_paths(traced)
     for path, config in assignment.items():
         module = traced.get_submodule(path) if path in calls else None
         layer = fused(module, config, target.weight_bits(config)) if module is not None else None
@@ -45,7 +46,7 @@ def fuse(traced: fx.GraphModule, assignment: dict[str, Quantize], target: Target
             continue
         set_module(traced, path, layer)
         if len(calls[path]) == 1:
-            _absorb(traced, calls[path][0], layer)
+            _absorb(traced, calls[path][0], layer, norms=path not in read)  # a folded norm would change what another reads
     if assignment and not left:
         _lone_norms(traced, next(iter(assignment.values())), target)
     for node in list(traced.graph.nodes):
@@ -105,10 +106,10 @@ def _calls(traced: fx.GraphModule) -> dict[str, list[fx.Node]]:
     return calls
 
 
-def _absorb(traced: fx.GraphModule, node: fx.Node, layer: Fused) -> None:
+def _absorb(traced: fx.GraphModule, node: fx.Node, layer: Fused, *, norms: bool = True) -> None:
     """Cases 1 and 2."""
     norm = _only_user(node)
-    if norm is not None and norm.op == "call_module" and layer.bn is None:
+    if norms and norm is not None and norm.op == "call_module" and layer.bn is None:
         module = traced.get_submodule(str(norm.target))
         once = len(_calls(traced)[str(norm.target)]) == 1
         if isinstance(module, _BatchNorm) and once and module.track_running_stats and _over_channels(node, layer):

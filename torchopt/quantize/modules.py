@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from torchopt.computed import covered
 from torchopt.errors import ModelError
 from torchopt.grid import set_grid
 from torchopt.quantize.config import Quantize
@@ -204,7 +205,7 @@ class Fused(nn.Module):
         if self.held is not None:
             y = self.compute(x, *self.held)
         elif self.training or not self.rounding or not self.bn_is_fixed:
-            w = self.weight
+            w = covered(self, "weight")
             y = self.compute(x, self.fake_quantized(w) if self.rounding else w, self.bias)
             y = y if self.bn is None else self.bn(y)
             if self.shifts and self.rounding:
@@ -217,14 +218,15 @@ class Fused(nn.Module):
     def in_use(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return weight and bias as evaluation uses them: batch norm folded in, the weight on its grid while it is rounded."""
         if self.rounding:
-            weight, bias, scale = self.folded(self.weight)
+            weight, bias, scale = self.folded(covered(self, "weight"))
             self.scale_in_use = scale.detach()
             return weight, bias
+        w = covered(self, "weight")
         if self.bn is None:
-            return self.weight, self.bias
+            return w, self.bias
         factor, shift = batch_norm_affine(self.bn)  # type: ignore[arg-type]
         bias = shift if self.bias is None else self.bias * factor + shift
-        return self.weight * along(factor, self.weight.dim(), self.out_axis), bias
+        return w * along(factor, w.dim(), self.out_axis), bias
 
     @property
     def bn_is_fixed(self) -> bool:
@@ -257,8 +259,9 @@ class Fused(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Fused:
-        """Set the mode; a frozen batch norm stays in evaluation."""
+        """Set the mode; a frozen batch norm stays in evaluation. Flags are those of the buffers, which a copy may have written."""
         super().train(mode)
+        self.rounding, self.frozen = bool(self.fake_quant_enabled), bool(self.bn_frozen)
         if self.frozen and self.bn is not None:
             self.bn.eval()
         return self

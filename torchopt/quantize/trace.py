@@ -36,7 +36,8 @@ from torchopt.quantize.mutation import CHANGED, LIBRARIES, take_any_layout, vers
 from torchopt.surgery import evaluating
 
 EXAMPLE = "example"  # in the meta of a node: its value on the example inputs, without data
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+HOOKS = tuple(name for name in vars(nn.Module()) if name.startswith("_forward_"))
+KEPT = ("_modules", *HOOKS)  # of a graph module, where torch's constructor keeps what the graph calls
 OPEN = (nn.Transformer, nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoder, nn.TransformerDecoderLayer)
 
 
@@ -173,16 +174,59 @@ class Tracer(QuantizationTracer):
 
 
 class QuantizableGraph(fx.GraphModule):
-    """A graph module whose deep copies keep hooks, and submodules that the graph does not call, such as torchopt's step counter."""
+    """A graph module whose copies keep hooks, and all submodules: torchopt's step counter, and layers of which the graph reads a weight.
+
+    Pickle takes the graph node by node. Torch would write the code and trace it again, by a tracer that wants to see the network, and
+    through weights that are computed when they are read.
+    """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizableGraph:
         twin: Any = super().__deepcopy__(memo)
-        for name, module in self._modules.items():
-            if name not in twin._modules:
-                twin.add_module(name, copy.deepcopy(module, memo))
-        for hooks in HOOKS:
-            twin.__dict__[hooks] = copy.deepcopy(self.__dict__[hooks], memo)
+        kept = {name: value for name, value in self.__dict__.items() if name in KEPT}
+        twin.__dict__.update(copy.deepcopy(kept, memo))
         return twin  # type: ignore[no-any-return]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What `remade_graph` takes."""
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_graph", "_tracer_cls", "shape_env")}
+        number = {node: i for i, node in enumerate(self.graph.nodes)}
+        nodes = [
+            (n.name, n.op, n.target, *fx.map_arg((n.args, n.kwargs), lambda source: Place(number[source])))
+            for n in self.graph.nodes
+        ]
+        return remade_graph, (type(self).__name__, nodes, state)
+
+
+class Place(int):
+    """The number of a node, where pickle would write the node and all others with it."""
+
+
+def remade_graph(name: str, nodes: list[tuple[Any, ...]], state: dict[str, Any]) -> QuantizableGraph:
+    """Return the graph module of which `QuantizableGraph.__reduce__` wrote the nodes and the state."""
+    graph, made = fx.Graph(), list[fx.Node]()
+    for called, op, target, args, kwargs in nodes:
+        places = _with_nodes((args, kwargs), made)
+        made.append(graph.create_node(op, target, *places, name=called))
+    root = nn.Module()
+    root.__dict__.update({kept: state[kept] for kept in ("_modules", "_parameters", "_buffers")})
+    twin = QuantizableGraph(root, graph, name)
+    twin.__dict__.update({kept: value for kept, value in state.items() if kept in KEPT or kept not in twin.__dict__})
+    twin.training = state["training"]
+    return twin
+
+
+def _with_nodes(value: Any, made: list[fx.Node]) -> Any:
+    """Arguments with the nodes in their places again."""
+    if isinstance(value, Place):
+        return made[value]
+    if isinstance(value, slice):
+        return slice(*(_with_nodes(end, made) for end in (value.start, value.stop, value.step)))
+    if isinstance(value, dict):
+        return {key: _with_nodes(one, made) for key, one in value.items()}
+    if isinstance(value, tuple | list):
+        parts = [_with_nodes(one, made) for one in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
 
 
 def trace(model: nn.Module, example_inputs: tuple[Any, ...] = ()) -> tuple[QuantizableGraph, list[str]]:

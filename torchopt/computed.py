@@ -1,0 +1,113 @@
+"""Weights that are computed whenever they are read, by properties on the class of one module, as torch's parametrizations are.
+
+A table, a mask over it and rounding are seen by whoever reads `module.weight`, be it the module or a head that is tied to an embedding
+(`F.linear(h, embedding.weight)`). Torch makes a class for a module that is parametrized; what stands over the parametrization is put on
+that class (`show`), or on one more (`cover`). Modules of such classes can be copied and pickled: their class is made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+Getter = Callable[[nn.Module, str], torch.Tensor]
+SHOWN = "_torchopt_shown"  # of torch's class: {attribute: what computes it}
+COVERED = "_torchopt_covered"  # of a class that `cover` made: (the attribute, what computes it)
+
+
+def show(module: nn.Module, name: str, getter: Getter) -> None:
+    """Let `module.<name>` be `getter(module, name)` from now on, where something is parametrized on the module, in place.
+
+    Args:
+        module: of a class that torch made for its parametrizations.
+        name: the attribute.
+        getter: a function of a file's top level, so that pickle finds it.
+    """
+    kind = type(module)
+    module.__dict__.pop(name, None)
+    setattr(kind, SHOWN, {**vars(kind).get(SHOWN, {}), name: getter})
+    setattr(kind, name, property(lambda self: getter(self, name)))
+
+
+def cover(module: nn.Module, name: str, getter: Getter) -> None:
+    """Let `module.<name>` be `getter(module, name)` from now on, in place; the getter finds what it covers by `covered`.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> cover(layer, "weight", _twice)
+        >>> torch.equal(layer.weight, 2 * layer._parameters["weight"])
+        True
+        >>> uncover(layer)
+        >>> layer.weight is layer._parameters["weight"]
+        True
+    """
+    kind = type(module)
+    made = {name: property(lambda self: getter(self, name)), COVERED: (name, getter), "__reduce_ex__": reduced}
+    module.__class__ = type(kind.__name__, (kind,), {**made, "__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def uncover(module: nn.Module) -> None:
+    """Take off what `cover` put on last, in place; nothing where nothing is on."""
+    if COVERED in vars(type(module)):
+        module.__class__ = type(module).__bases__[0]
+
+
+def covered(module: nn.Module, name: str) -> Any:
+    """Return `module.<name>` as it is beneath what `cover` put on it."""
+    kind = next((c.__bases__[0] for c in type(module).__mro__ if vars(c).get(COVERED, ("",))[0] == name), type(module))
+    below = getattr(kind, name, None)
+    if isinstance(below, property):
+        assert below.fget is not None
+        return below.fget(module)
+    own = module.__dict__.get(name)
+    return own if own is not None else module._parameters[name]
+
+
+def is_shown(module: nn.Module, name: str) -> bool:
+    """True where `show` has made `module.<name>`; asks without computing it."""
+    return any(name in vars(kind).get(SHOWN, ()) for kind in type(module).__mro__)
+
+
+def reduced(module: nn.Module, protocol: Any = None) -> tuple[Any, ...]:
+    """How pickle writes a module of a class that was made for it: the class that it has in code, what stands on that, and its state."""
+    kind, steps = type(module), []
+    while getattr(kind, "__reduce_ex__", None) is reduced:
+        if COVERED in vars(kind):
+            steps.append(vars(kind)[COVERED])
+        else:
+            leaves = [leaf for leaf in module._modules["parametrizations"]._modules if leaf in vars(kind)]  # type: ignore[union-attr]
+            steps.append((leaves, vars(kind).get(SHOWN, {})))
+        kind = kind.__bases__[0]
+    own = any("__getstate__" in vars(base) for base in kind.__mro__[:-1])  # recurrent layers leave weak references out
+    return remade, (kind, steps[::-1]), kind.__getstate__(module) if own else module.__dict__.copy()  # type: ignore[attr-defined]
+
+
+def remade(kind: type[nn.Module], steps: list[tuple[Any, Any]]) -> nn.Module:
+    """Return an empty module of a class like the one that `reduced` found."""
+    module = kind.__new__(kind)
+    nn.Module.__init__(module)
+    for what, how in steps:
+        if isinstance(what, str):
+            cover(module, what, how)
+            continue
+        parametrize._inject_new_class(module)
+        can_be_pickled(module)
+        for leaf in what:
+            parametrize._inject_property(module, leaf)
+        for name, getter in how.items():
+            show(module, name, getter)
+    return module
+
+
+def can_be_pickled(module: nn.Module) -> None:
+    """Let pickle write a parametrized module, which torch refuses, in place."""
+    type(module).__reduce_ex__ = reduced  # type: ignore[method-assign, assignment]
+
+
+def _twice(module: nn.Module, name: str) -> torch.Tensor:
+    """For the example."""
+    return 2 * torch.as_tensor(covered(module, name))

@@ -1,0 +1,59 @@
+"""What `finalize` looks at before it bakes: whether counter, masks and codes are those of a step, and come to their end.
+
+They say which, not how much, so nothing may average them; whoever does (an average of models with its buffers) gets a model that runs,
+and keeps neither zeros nor values. So they are looked at: the counter and the codes by their seals, masks by how many ones they have,
+activation ranges, when they are baked, by whether scale and ends belong together.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from torchopt import cluster as clustering
+from torchopt import prune as pruning
+from torchopt.errors import StateError
+from torchopt.state import State
+
+REMEDY = (
+    "an average of models with their buffers (AveragedModel(use_buffers=True), Lightning's EMAWeightAveraging) does that: give it "
+    "multi_avg_fn=torchopt.ema_multi_avg_fn(decay), which copies masks, codes and counter"
+)
+
+
+def check_intact(prepared: nn.Module, state: State) -> None:
+    """Refuse a model whose counter, masks or codes are not those of a step.
+
+    Raises:
+        StateError: something else has written over them.
+    """
+    step = int(state.step)
+    counter = None if state.intact else f"the step counter stands at {step}, where torchopt.step has not left it"
+    found = counter or pruning.damaged(prepared, step) or clustering.damaged(prepared)
+    if found:
+        raise StateError(f"finalize: {found}; {REMEDY}")
+
+
+def check_finished(prepared: nn.Module, step: int) -> None:
+    """Refuse masks that are less sparse than asked, and soft tables: training stopped early, or forgot to call `step`.
+
+    Raises:
+        StateError: a schedule has not come to its end.
+    """
+    waiting = pruning.unfinished(prepared, step)
+    if waiting and step == 0:
+        raise StateError(
+            "finalize: step was never called, so no mask was ever computed; call torchopt.step(model) after each "
+            "optimizer.step(), or compress without training by torchopt.one_shot(model, rules)"
+        )
+    soft = clustering.soft_until(prepared)
+    if soft:
+        raise StateError(
+            f"finalize: after step {step}, shared values are soft until step {soft}, and the final model's are hard; train on, set "
+            "Cluster.soft_until lower, or bake them as they are with finalize(model, unfinished=True)"
+        )
+    if waiting:
+        more = f" ({len(waiting) - 1} more weights wait too)" if len(waiting) > 1 else ""
+        raise StateError(
+            f"finalize: after step {step}, {waiting[0]}{more}; train on until step {max(w.done_step for w in waiting)}, "
+            "end the schedule earlier, or take the masks as they are with finalize(model, unfinished=True)"
+        )

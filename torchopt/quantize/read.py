@@ -1,0 +1,92 @@
+"""The weight of a quantized layer where another reads it: `F.linear(h, embedding.weight)`, `x @ layer.weight.T`.
+
+The layer itself rounds its weight in each call. Whoever else reads `layer.weight` while the model runs gets the same rounded weight,
+with the same gradient, as the finalized model will give it; outside of a forward pass `layer.weight` is the Parameter that trains.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+
+from torchopt.computed import cover, covered, uncover
+from torchopt.quantize.modules import Fused
+
+_now = threading.local()  # how many models are running in this thread
+READING = "_torchopt_reading"  # on a layer whose weight is being rounded for another
+
+
+def round_for_readers(model: nn.Module) -> None:
+    """Let the layers of a prepared model round their weights for whoever else reads them, in place.
+
+    Of a traced model these are the layers whose weights the graph reads; of another one they may be all.
+    """
+    found = _read_by(model) if isinstance(model, fx.GraphModule) else [m for m in model.modules() if isinstance(m, Fused)]
+    layers = [layer for layer in found if layer is not model]
+    if layers:
+        model.register_forward_pre_hook(_enter)
+        model.register_forward_hook(_leave, always_call=True)
+    for layer in layers:
+        cover(layer, "weight", _rounded)
+
+
+def stop_rounding(model: nn.Module) -> None:
+    """Take off what `round_for_readers` put on, in place."""
+    for module in model.modules():
+        if isinstance(module, Fused):
+            uncover(module)
+    for hooks, ours in ((model._forward_pre_hooks, _enter), (model._forward_hooks, _leave)):
+        for key in [key for key, hook in hooks.items() if hook is ours]:
+            del hooks[key]  # type: ignore[attr-defined]
+            model._forward_hooks_always_called.pop(key, None)
+
+
+def read_paths(traced: fx.GraphModule) -> set[str]:
+    """The paths of the modules of which a graph reads a weight by itself.
+
+    Example:
+        >>> class Tied(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.table = nn.Embedding(4, 2)
+        ...     def forward(self, x):
+        ...         return self.table(x) @ self.table.weight.T
+        >>> read_paths(fx.symbolic_trace(Tied()))
+        {'table'}
+    """
+    return {str(node.target).rpartition(".")[0] for node in traced.graph.nodes if node.op == "get_attr" and node.users}
+
+
+def _read_by(traced: fx.GraphModule) -> list[nn.Module]:
+    """The layers of which the graph reads the weight, and those inside of modules that it calls as a whole."""
+    calls, reads = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}, read_paths(traced)
+    return [m for path, m in traced.named_modules() if isinstance(m, Fused) and (path in reads or path not in calls)]
+
+
+def _enter(module: nn.Module, inputs: object) -> None:
+    if not torch.compiler.is_compiling():
+        _now.running = getattr(_now, "running", 0) + 1
+
+
+def _leave(module: nn.Module, inputs: object, output: object) -> None:
+    if not torch.compiler.is_compiling():
+        _now.running -= 1
+
+
+def _rounded(module: nn.Module, name: str) -> torch.Tensor:
+    """The weight as the layer uses it while some model runs, else the Parameter."""
+    layer, weight = cast(Fused, module), cast(torch.Tensor, covered(module, name))
+    running = torch.compiler.is_compiling() or getattr(_now, "running", 0) > 0
+    if not (running and layer.rounding) or layer.bn is not None or READING in layer.__dict__:
+        return weight
+    held: Any = layer.held
+    if held is not None:
+        return cast(torch.Tensor, held[0])
+    layer.__dict__[READING] = True
+    try:
+        return layer.fake_quantized(weight) if layer.training else layer.folded(weight)[0]
+    finally:
+        del layer.__dict__[READING]
