@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from torchopt.prune.attach import in_axis
+from torchopt.prune.attach import in_axis, installed
 from torchopt.prune.mask import Mask
 from torchopt.prune.pattern import conforms, pool
-from torchopt.prune.update import Placed, groups, how_many, installed
+from torchopt.prune.update import Placed, groups, how_many
 from torchopt.schedule import Schedule
 
 

@@ -205,8 +205,7 @@ def remade_graph(name: str, nodes: list[tuple[Any, ...]], state: dict[str, Any])
     """Return the graph module of which `QuantizableGraph.__reduce__` wrote the nodes and the state."""
     graph, made = fx.Graph(), list[fx.Node]()
     for called, op, target, args, kwargs in nodes:
-        places = _with_nodes((args, kwargs), made)
-        made.append(graph.create_node(op, target, *places, name=called))
+        made.append(graph.create_node(op, target, _with_nodes(args, made), _with_nodes(kwargs, made), name=called))
     root = nn.Module()
     root.__dict__.update({kept: state[kept] for kept in ("_modules", "_parameters", "_buffers")})
     twin = QuantizableGraph(root, graph, name)
