@@ -33,6 +33,7 @@ ROOMS = [
         "seal",
         "average",
         "computed",
+        "plain",
     },
     {"prune", "cluster", "quantize"},
     {"export", "runtime"},

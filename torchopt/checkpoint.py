@@ -25,11 +25,22 @@ from torchopt.copies import copied
 from torchopt.errors import ConfigError, FileError, StateError, TorchoptError
 from torchopt.files import atomic_path
 from torchopt.grid import SUFFIX, grids, set_grid
+from torchopt.plain import KINDS, described, plain
 from torchopt.prune.plan import apply_plan, plan_of
-from torchopt.quantize import DynamicLinear, FixedQuantize, IntegerKernel, Rounded, can_open, link_kernels, open_attentions
+from torchopt.quantize import (
+    DynamicLinear,
+    FixedQuantize,
+    IntegerKernel,
+    Rounded,
+    beside,
+    can_open,
+    link_kernels,
+    open_attentions,
+)
 from torchopt.rules import Rule
 from torchopt.state import State, find_state
 from torchopt.strict import build
+from torchopt.surgery import set_module
 from torchopt.traced import describe, rebuild
 from torchopt.weights import IN_PROJECTION
 
@@ -80,6 +91,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         raise ConfigError(f"{path}: holds tensors, not code; give a freshly built network: load(path, build_the_network())")
     fresh = copied(model)
     try:
+        _as_layers(fresh, header.get("traced", {}), tensors)
         apply_plan(fresh, header["plan"])
         rebuilt = _rebuild(fresh, header, tensors, str(path))
         rebuilt.load_state_dict(_versioned(tensors, rebuilt), strict=True)
@@ -110,7 +122,9 @@ def _header(model: nn.Module, state: State | None) -> Header:
     elif isinstance(model, fx.GraphModule):
         fixed = {name: m.describe() for name, m in model.named_children() if isinstance(m, FixedQuantize)}
         kernels = {name: m.describe() for name, m in model.named_children() if isinstance(m, IntegerKernel)}
-        header["traced"] = {"graph": describe(model.graph), "quantizers": fixed, "kernels": kernels}
+        called = {str(node.target) for node in model.graph.find_nodes(op="call_module")}
+        layers = {name: told for name in sorted(called) if (told := described(model.get_submodule(name))) is not None}
+        header["traced"] = {"graph": describe(model.graph), "quantizers": fixed, "kernels": kernels, "layers": layers}
     return header
 
 
@@ -141,6 +155,19 @@ def _rebuild(fresh: nn.Module, header: Header, tensors: Mapping[str, torch.Tenso
     rebuilt = rebuild(header["traced"]["graph"], fresh, where)
     link_kernels(rebuilt)
     return rebuilt
+
+
+def _as_layers(model: nn.Module, traced: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put torch's own layers where the graph calls them and the network has others; what stands inside those moves beside the network."""
+    inside = {beside(path): module for path, module in model.named_modules() if path}
+    for node in traced.get("graph", ()):
+        if node.get("op") == "call_module" and node.get("target") in inside:
+            model.add_module(node["target"], inside[node["target"]])
+    modules = dict(model.named_modules())
+    for path, (name, fields) in traced.get("layers", {}).items():
+        own = {key.removeprefix(f"{path}."): torch.empty_like(t) for key, t in tensors.items() if key.rpartition(".")[0] == path}
+        if path in modules and name in KINDS and described(modules[path]) != (name, fields):
+            set_module(model, path, plain(own, name, fields))
 
 
 def _versioned(tensors: Mapping[str, torch.Tensor], model: nn.Module) -> Mapping[str, torch.Tensor]:

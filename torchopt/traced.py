@@ -7,6 +7,7 @@ tensor operations may be named by a graph: a file cannot make torchopt call anyt
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,8 @@ BESIDE: dict[str, Callable[..., Any]] = {  # no tensor operations, and harmless
     "getattr": getattr,
     "builtins.getattr": getattr,
     "torch._assert": torch._assert,
+    "math.ceil": math.ceil,  # of sizes
+    "math.floor": math.floor,
     "torch.fx._symbolic_trace._assert_is_none": _assert_is_none,
 }
 

@@ -12,6 +12,7 @@ with warnings.catch_warnings():
     from torchopt.quantize.calibrate import calibrate, observes, synchronize
     from torchopt.quantize.config import Quantize
     from torchopt.quantize.dynamic import DynamicLinear
+    from torchopt.quantize.functional import beside
     from torchopt.quantize.harm import harms
     from torchopt.quantize.kernels import IntegerKernel, link_kernels
     from torchopt.quantize.read import round_for_readers, stop_rounding
@@ -26,6 +27,7 @@ __all__ = [
     "Rounded",
     "attach",
     "bake",
+    "beside",
     "calibrate",
     "can_open",
     "harms",

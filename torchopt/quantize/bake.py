@@ -12,10 +12,10 @@ from torchopt.errors import StateError
 from torchopt.grid import set_grid
 from torchopt.quantize.activations import ActivationQuantizer, FixedQuantize
 from torchopt.quantize.dropout import Regularizer
-from torchopt.quantize.front import LEFT
 from torchopt.quantize.fuse import activation_of, ends_of
 from torchopt.quantize.in_place import WEIGHTS_LATER, weights_later
 from torchopt.quantize.kernels import IntegerKernel, link_kernels
+from torchopt.quantize.layers import LEFT
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.naming import name_of_value
 from torchopt.quantize.recurrent import QuantizedRecurrent

@@ -29,12 +29,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchopt.quantize.dropout import regularizes
 from torchopt.quantize.fuse import activation_of
 from torchopt.quantize.gates import gate_of
+from torchopt.quantize.layers import LEFT
 from torchopt.quantize.targets import Costs, Target
 from torchopt.quantize.trace import example
 from torchopt.surgery import module_of
 
 ENTRANCE = "entrance"  # in the meta of a node: its value is where the integers begin
-LEFT = "_torchopt_left_float"  # on a module: why it stays float
 SMALLEST = 20e3  # ns that must be gained: below it the overhead of calls decides
 POOLS = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.MaxPool2d)
 POOLING = {F.adaptive_avg_pool2d, F.avg_pool2d, F.max_pool2d, torch.mean, "mean"}

@@ -14,6 +14,8 @@ from torchopt.quantize.config import Quantize
 from torchopt.quantize.dynamic import FusedDynamicLinear
 from torchopt.quantize.modules import Fused
 
+LEFT = "_torchopt_left_float"  # on a module: why it stays float
+
 
 class FusedLinear(Fused, nn.Linear):
     """A linear layer on an integer weight grid."""

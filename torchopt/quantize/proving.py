@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from torchopt.errors import ModelError
-from torchopt.proof import Call, Difference, differs, doubled, first_difference, in_noise
+from torchopt.proof import Call, Difference, differs, first_difference, in_noise, several
 from torchopt.quantize.activations import ActivationQuantizer
 from torchopt.quantize.folding import folded_once
 from torchopt.quantize.kernels import IntegerKernel
@@ -79,7 +79,7 @@ def prove(origin: nn.Module, network: nn.Module, calls: Sequence[Call], step: st
 
 def prove_training(origin: nn.Module, network: nn.Module, calls: Sequence[Call]) -> None:
     """Compare in training mode; a network that is another one there lets nobody train it from now on."""
-    for call in () if _evaluates_only(network) else map(doubled, calls):
+    for call in () if _evaluates_only(network) else map(several, calls):
         found = differs(origin, network, call, training=True, under=as_float)
         if found is not None:
             only_evaluates(network, _one_form(origin, network, call, found))

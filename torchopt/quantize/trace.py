@@ -31,9 +31,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchopt.errors import ModelError
 from torchopt.quantize.dropout import as_modules, regularizes
-from torchopt.quantize.layers import layer_class
+from torchopt.quantize.functional import call_layers, computed_weights, drop_identities, move_inner
+from torchopt.quantize.layers import LEFT, layer_class
 from torchopt.quantize.mutation import CHANGED, LIBRARIES, take_any_layout, versions, write_as_values
-from torchopt.surgery import evaluating
+from torchopt.quantize.ranks import answer_ranks
+from torchopt.surgery import evaluating, set_module
 
 EXAMPLE = "example"  # in the meta of a node: its value on the example inputs, without data
 HOOKS = tuple(name for name in vars(nn.Module()) if name.startswith("_forward_"))
@@ -259,10 +261,21 @@ def _traced(model: nn.Module, graph: fx.Graph) -> QuantizableGraph:
     for node in graph.nodes:
         if not _only_marked(node.target):  # torch.fx took it for the function that was followed to it
             node.meta.pop("is_wrapped", None)
+    answer_ranks(graph, example)
     _call_linear_layers(model, graph)
+    layers = call_layers(model, graph, example)
+    reasons = computed_weights(model, graph)
+    drop_identities(model, graph)
+    moved = move_inner(model, graph, layers)
+    for name, module in moved.items():
+        model.add_module(name, module)
     take_any_layout(graph)
     write_as_values(model, graph, example)
     traced = QuantizableGraph(model, graph, type(model).__name__)
+    for path, layer in layers.items():
+        set_module(traced, path, layer)
+    for path, reason in reasons.items():
+        traced.get_submodule(path).__dict__[LEFT] = reason
     as_modules(traced)
     for hooks in HOOKS:
         traced.__dict__[hooks].update(model.__dict__[hooks])
