@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
 from torchopt.errors import ModelError
+from torchopt.randomness import random_state_kept
 from torchopt.surgery import evaluating
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -67,17 +66,13 @@ def undisturbed(*models: nn.Module) -> Iterator[None]:
         tensor(0)
     """
     buffers = {id(b): (b, b.detach().clone()) for model in models for b in model.buffers()}
-    devices = {p.device for model in models for p in model.parameters() if p.device.type == "cuda"}
-    python, numbers = random.getstate(), np.random.get_state()
     with contextlib.ExitStack() as stack:
         for model in models:
             stack.enter_context(evaluating(model))
-        stack.enter_context(torch.random.fork_rng(devices=sorted(devices, key=str)))
+        stack.enter_context(random_state_kept(seed=0))
         try:
             yield
         finally:
-            random.setstate(python)
-            np.random.set_state(numbers)
             with torch.no_grad():
                 for buffer, before in buffers.values():
                     if not _identical(buffer, before):
@@ -106,7 +101,6 @@ def run(model: nn.Module, call: Call, *, training: bool = False, under: Under = 
     args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, call)
     with undisturbed(model), torch.no_grad():
         model.train(training)
-        _seed()
         with under(model):
             outputs = list(flat(model(*args, **kwargs)))
         outputs = [y.clone() if isinstance(y, torch.Tensor) else y for y in outputs]
@@ -253,7 +247,6 @@ def _moved(model: nn.Module, call: Call, before: Run, *, training: bool) -> floa
     args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, call)
     with undisturbed(model), torch.no_grad():
         model.train(training)
-        _seed()
         try:
             outputs = list(flat(torch.func.functional_call(model, changed, args, kwargs)))
         except (RuntimeError, ValueError, TypeError, ModelError):
@@ -287,12 +280,6 @@ def _equal(one: Any, other: Any) -> bool:
 
 def _identical(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())
-
-
-def _seed() -> None:
-    torch.manual_seed(0)
-    random.seed(0)
-    np.random.seed(0)
 
 
 def _percent(amount: float) -> str:
