@@ -47,6 +47,7 @@ ROOMS = [
         "accurate",
         "one_shot",
         "shrink",
+        "onnx_to_onnx",
         "checkpoint",
         "sensitivity",
     },

@@ -20,6 +20,7 @@ with unnoticed():
     )
     from torchopt.export import ExportResult, PackReport, export, pack, unpack
     from torchopt.one_shot import one_shot
+    from torchopt.onnx_to_onnx import CompressedFile, Likeness, compress_onnx
     from torchopt.prune import ConstantSparsity, CosineDecay, MultiStep, PolynomialDecay, Prune
     from torchopt.quantize import Quantize, load_ranges, save_ranges
     from torchopt.report import Report, report
@@ -31,12 +32,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Cluster",
+    "CompressedFile",
     "ConfigError",
     "ConstantSparsity",
     "CosineDecay",
     "DataError",
     "ExportResult",
     "FileError",
+    "Likeness",
     "ModelError",
     "MultiStep",
     "PackReport",
@@ -54,6 +57,7 @@ __all__ = [
     "Verdict",
     "benchmark",
     "calibrate",
+    "compress_onnx",
     "ema_multi_avg_fn",
     "export",
     "finalize",
