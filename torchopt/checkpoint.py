@@ -118,6 +118,7 @@ def _header(model: nn.Module, state: State | None) -> Header:
             "target": state.target,
             "inputs": state.example_inputs,
             "found": state.found,
+            "frozen": state.frozen,
         }
     elif isinstance(model, fx.GraphModule):
         fixed = {name: m.describe() for name, m in model.named_children() if isinstance(m, FixedQuantize)}
@@ -135,6 +136,8 @@ def _rebuild(fresh: nn.Module, header: Header, tensors: Mapping[str, torch.Tenso
         inputs = None if saved["inputs"] is None else tuple(_example(shape, dtype) for shape, dtype in saved["inputs"])
         rules = [build(Rule, rule, ("rules", i)) for i, rule in enumerate(saved["rules"])]
         found = {name: tuple(counts) for name, counts in saved["found"].items()}
+        for name, parameter in fresh.named_parameters(remove_duplicate=False) if "frozen" in saved else ():
+            parameter.requires_grad_(name not in saved["frozen"])
         return attach(fresh, rules, inputs, found, saved["target"])
     attentions = [n for n, m in fresh.named_modules() if can_open(m) and f"{n}.{IN_PROJECTION}.weight".lstrip(".") in tensors]
     fresh, _ = open_attentions(fresh, dict.fromkeys(attentions))

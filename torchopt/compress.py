@@ -95,6 +95,7 @@ def attach(
     quantization.settle_scales(ready)
     quantization.round_for_readers(ready)
     state = State(rules, [a.weight.name for a in assigned], target, _signature(example_inputs), found, skipped, plan, origin)
+    state.frozen = [name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad]
     ready.add_module(ATTRIBUTE, state)
     return ready
 
@@ -151,9 +152,9 @@ def finalize(model: nn.Module, *, unfinished: bool = False) -> nn.Module:
         unfinished: bake masks and tables as they are, also where their schedules have not come to an end (early stopping).
 
     Raises:
-        StateError: the model was not prepared, a schedule has not reached its final sparsity, shared values are still soft, an
-            activation quantizer has not seen data, or something (an average of models) has written over masks, codes or the step counter;
-            the model is as before.
+        StateError: the model was not prepared, a schedule has not reached its final sparsity, shared values are still soft, a layer is
+            not rounded yet, an activation quantizer has not seen data, or something (an average of models) has written over masks, codes
+            or the step counter; the model is as before.
     """
     prepared, state = require_state(model, "finalize")
     check_intact(prepared, state)

@@ -11,6 +11,7 @@ from torch import nn
 
 from torchopt import cluster as clustering
 from torchopt import prune as pruning
+from torchopt import quantize as quantization
 from torchopt.errors import StateError
 from torchopt.state import State
 
@@ -34,7 +35,8 @@ def check_intact(prepared: nn.Module, state: State) -> None:
 
 
 def check_finished(prepared: nn.Module, step: int) -> None:
-    """Refuse masks that are less sparse than asked, and soft tables: training stopped early, or forgot to call `step`.
+    """Refuse masks that are less sparse than asked, soft tables, and layers that do not round yet: training stopped early, or nobody
+    called `step`.
 
     Raises:
         StateError: a schedule has not come to its end.
@@ -50,6 +52,12 @@ def check_finished(prepared: nn.Module, step: int) -> None:
         raise StateError(
             f"finalize: after step {step}, shared values are soft until step {soft}, and the final model's are hard; train on, set "
             "Cluster.soft_until lower, or bake them as they are with finalize(model, unfinished=True)"
+        )
+    floats = quantization.unrounded(prepared, step)
+    if floats:
+        raise StateError(
+            f"finalize: after step {step}, {floats}, and the final model's values are; train on, set the milestones lower, or round "
+            "without training for it by finalize(model, unfinished=True)"
         )
     if waiting:
         more = f" ({len(waiting) - 1} more weights wait too)" if len(waiting) > 1 else ""

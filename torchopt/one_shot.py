@@ -141,9 +141,12 @@ def _by_gradients(model: nn.Module, rules: Sequence[Rule], batches: object, loss
 
 
 def _evenly(rule: Rule) -> Rule:
-    """The rule for `prepare`, whose tables are found anew once importances are known."""
-    even = rule.cluster is None or rule.cluster.importance == "even"
-    return rule if even else replace(rule, cluster=replace(rule.cluster, importance="even"))  # type: ignore[type-var]
+    """The rule for `prepare`: tables are found anew once importances are known, and scales that nothing trains are fixed ones."""
+    if rule.cluster is not None and rule.cluster.importance != "even":
+        rule = replace(rule, cluster=replace(rule.cluster, importance="even"))
+    if rule.quantize is not None and rule.quantize.learn_scale:
+        rule = replace(rule, quantize=replace(rule.quantize, learn_scale=False))
+    return rule
 
 
 def _gathered(

@@ -62,6 +62,7 @@ class State(nn.Module):
         self.skipped = list(skipped)
         self.plan = plan
         self.origin = Origin(origin)
+        self.frozen: list[str] = []  # parameters that were frozen when the model was prepared: no mask or table stands on them
         self.ranks_agree = False
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("seal", seal(self.step))

@@ -5,7 +5,7 @@ import warnings
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # torch.ao announces its removal on import; the announcement is known
     from torchopt.quantize.activations import ActivationQuantizer, FixedQuantize
-    from torchopt.quantize.attach import attach, left_float, settle_scales, update
+    from torchopt.quantize.attach import attach, left_float, settle_scales, unrounded, update
     from torchopt.quantize.attention import can_open, open_attentions
     from torchopt.quantize.bake import bake
     from torchopt.quantize.cache import load_ranges, save_ranges
@@ -41,5 +41,6 @@ __all__ = [
     "settle_scales",
     "stop_rounding",
     "synchronize",
+    "unrounded",
     "update",
 ]

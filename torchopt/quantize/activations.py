@@ -3,8 +3,7 @@
     x̂ = s · (clamp(round(x / s) + z, q_min, q_max) − z)        s = (hi − lo) / (q_max − q_min)
 
 with lo ≤ 0 ≤ hi, so that zero (and with it the padding of convolutions) is exact; after a ReLU lo = 0 gives z = q_min. Gradients pass
-straight through inside the range (Jacob et al. 2018, arXiv:1712.05877). The learned variant trains s (LSQ, Esser et al. 2020,
-arXiv:1902.08153), its gradient scaled by 1/√(N·q_max).
+straight through inside the range (Jacob et al. 2018, arXiv:1712.05877). A scale that is trained is `learned.py`'s.
 """
 
 from __future__ import annotations
@@ -19,10 +18,11 @@ from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 from torchopt.errors import DataError
 from torchopt.quantize.kernels import Affine
 from torchopt.quantize.observers import make
-from torchopt.quantize.rounding import fake_quantize, in_memory_order, learned_fake_quantize
+from torchopt.quantize.rounding import fake_quantize, in_memory_order
 
 TRAINING_MOMENTUM = 0.01  # torch.ao's averaging constant: ranges follow about the last hundred steps
 APART = 0.01  # of the scale: averages of ends and scale drift apart by their roundings, and no further
+TORCHS_SMALLEST = 6.2e-5  # its operator gives no scale below 6.1e-5: small activations, and 16 bits, would lose their last bits
 SMALLEST_SCALE = 2.0**-24  # keeps bias / (s_x · s_w) inside int32 for constant activations
 
 
@@ -55,7 +55,6 @@ class ActivationQuantizer(FakeQuantizeBase):
         symmetric: zero in the middle of the grid.
         observer: the class that calibration uses, by its `Quantize.observer` name.
         fixed_range: (low, high) known beforehand, such as (0, 1) after a sigmoid; then nothing is observed.
-        learn: train the scale.
 
     In training mode it follows the data by a moving average while `observer_enabled`, and rounds while `fake_quant_enabled`; in
     evaluation it rounds on the range it has. Before it has seen any data it lets the activation pass.
@@ -65,6 +64,7 @@ class ActivationQuantizer(FakeQuantizeBase):
     max_val: torch.Tensor
     scale: torch.Tensor
     zero_point: torch.Tensor
+    learn = False  # no scale that is trained
 
     def __init__(
         self,
@@ -74,7 +74,6 @@ class ActivationQuantizer(FakeQuantizeBase):
         symmetric: bool = False,
         observer: str = "moving_average",
         fixed_range: tuple[float, float] | None = None,
-        learn: bool = False,
     ) -> None:
         super().__init__()
         self.quant_min, self.quant_max, self.symmetric = quant_min, quant_max, symmetric
@@ -84,19 +83,18 @@ class ActivationQuantizer(FakeQuantizeBase):
         self.widening = observer == "minmax"
         self.by_output = observer == "auto" and fixed_range is None
         self.fixed = fixed_range is not None
-        self.learn = learn and not self.fixed
         self.calibrating = False
         self.register_buffer("min_val", torch.tensor(torch.inf))
         self.register_buffer("max_val", torch.tensor(-torch.inf))
         self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
-        if self.learn:
-            self.scale = nn.Parameter(torch.ones(1))
-        else:
-            self.register_buffer("scale", torch.ones(1))
+        self._hold_scale()
         self._mirror()
         if fixed_range is not None:
             self.set_range(torch.tensor(float(fixed_range[0])), torch.tensor(float(fixed_range[1])))
             self.disable_observer()
+
+    def _hold_scale(self) -> None:
+        self.register_buffer("scale", torch.ones(1))
 
     @property
     def calibrated(self) -> bool:
@@ -181,22 +179,24 @@ class ActivationQuantizer(FakeQuantizeBase):
         if self.calibrating:
             self.observer.observe(in_memory_order(x.detach()))
             return x
-        if self.training and self.observing and not (self.learn and self.ready):  # a learned scale starts from the first batch
+        if self._follows():
             return self._follow(x)
         if not (self.ready or self.training or torch.compiler.is_compiling()):
             self._mirror()  # a copy made before the first batch has its range written into it
-        if not (self.ready and self.rounding):
-            return x
-        if self.learn:
-            scale = self.scale.clamp(min=SMALLEST_SCALE)
-            return learned_fake_quantize(x, scale, self.zero_point, self.quant_min, self.quant_max)
+        return self._rounded(x) if self.ready and self.rounding else x
+
+    def _follows(self) -> bool:
+        """True where this call moves the range."""
+        return self.training and self.observing
+
+    def _rounded(self, x: torch.Tensor) -> torch.Tensor:
         return fake_quantize(x, self.scale, self.zero_point, self.quant_min, self.quant_max)
 
     def _follow(self, x: torch.Tensor) -> torch.Tensor:
         """One training step of the range, and the rounding on it."""
         self.ready = True
         low, high = torch.aminmax(in_memory_order(x.detach()))
-        if self.widening or self.learn:
+        if self.widening:
             self.min_val.copy_(torch.minimum(self.min_val, low))
             self.max_val.copy_(torch.maximum(self.max_val, high))
             self._set_scale()
@@ -221,6 +221,9 @@ class ActivationQuantizer(FakeQuantizeBase):
             False,
             self.symmetric,
         )
+        wide = self.quant_max - self.quant_min > 255
+        if wide or ends.device.type != "cpu" or float(self.scale) <= TORCHS_SMALLEST:  # else a read, which a GPU would wait for
+            self._set_scale()
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)

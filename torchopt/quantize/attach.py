@@ -8,7 +8,7 @@ float16       weights rounded to half precision at the end
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -21,11 +21,14 @@ from torchopt.quantize.dynamic import FusedDynamicLinear
 from torchopt.quantize.in_place import WEIGHTS_LATER, in_place, twins, weights_later
 from torchopt.quantize.layers import LEFT
 from torchopt.quantize.modules import Fused
+from torchopt.quantize.naming import name_of_value
 from torchopt.quantize.recurrent import QuantizedRecurrent
 from torchopt.quantize.static import static
 from torchopt.quantize.targets import target_named
 from torchopt.quantize.weight_grid import settle
 from torchopt.weights import IN_PROJECTION
+
+PARTS = (Fused, ActivationQuantizer, QuantizedRecurrent)  # what rounds in training
 
 
 def attach(
@@ -61,6 +64,7 @@ def attach(
     untraced = dynamic | others
     for path, config in (twins(model, untraced) | untraced).items():
         model = in_place(model, path, config, runtime, (params or {}).get(path, ()))
+    _begin(model)
     for part in model.modules():
         if isinstance(part, ActivationQuantizer):  # made on the CPU; torch's operators want range and data on one device
             part.to(device)
@@ -69,9 +73,9 @@ def attach(
 
 def update(model: nn.Module, step: int) -> bool:
     """After optimizer step `step`: pass the milestones that are due. True where something is quantized."""
-    parts = [m for m in model.modules() if isinstance(m, Fused | ActivationQuantizer)]
+    parts = _parts(model)
     for part in parts:
-        milestones = part.config.milestones if isinstance(part, Fused) else getattr(part, "milestones", None)
+        milestones = _milestones(part)
         if milestones is None:
             continue
         rounds, freezes, norms = milestones
@@ -82,6 +86,34 @@ def update(model: nn.Module, step: int) -> bool:
         if step == norms and isinstance(part, Fused) and part.bn is not None:
             part.freeze_bn()
     return bool(parts)
+
+
+def unrounded(model: nn.Module, step: int) -> str:
+    """What does not round yet, though `finalize` will: where its milestone stands; empty where all rounds."""
+    for name, part in model.named_modules():
+        if isinstance(part, PARTS) and not part.rounding:
+            begins = _milestones(part)
+            when = f" before step {begins[0]} (Quantize.milestones)" if begins is not None and begins[0] > step else ""
+            what = name_of_value(model, name) if isinstance(part, ActivationQuantizer) else name
+            return f"{what} is not rounded{when}"
+    return ""
+
+
+def _begin(model: nn.Module) -> None:
+    """Let every part wait for its own milestones, and pass those at step 0."""
+    for part in _parts(model):
+        milestones = _milestones(part)
+        if milestones is not None:
+            part.enable_fake_quant(False)
+    update(model, 0)
+
+
+def _parts(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if isinstance(m, PARTS)]
+
+
+def _milestones(part: Any) -> Sequence[int] | None:
+    return getattr(part, "milestones", None) if isinstance(part, ActivationQuantizer) else part.config.milestones
 
 
 def left_float(model: nn.Module, assignment: dict[str, Quantize]) -> dict[str, str]:
@@ -97,16 +129,24 @@ def _less(module: nn.Module | None, config: Quantize) -> str:
         return str(module.__dict__[LEFT])
     if module is None or not (isinstance(module, Fused | QuantizedRecurrent) or WEIGHTS_LATER in module.__dict__):
         return "the traced graph does not call it as a layer of a known class; it stays float (mode='weight_only' reaches it)"
+    return "; ".join(_lacks(module, config))
+
+
+def _lacks(module: nn.Module, config: Quantize) -> Iterator[str]:
+    """What is missing in a module whose weights are integers."""
     if config.mode == "static" and _mode(module) == "weight_only":
-        return "the graph shows no layer of a known class; its weights are integers, its activations stay float, as with mode='weight_only'"
+        yield "the graph shows no layer of a known class; its weights are integers, its activations stay float, as with mode='weight_only'"
     if config.mode == "dynamic" and not isinstance(module, FusedDynamicLinear):
-        return "only linear layers round their input at run time; its weights are integers, its activations stay float"
+        yield "only linear layers round their input at run time; its weights are integers, its activations stay float"
     if config.block_size is not None and not isinstance(module, FusedBlockLinear):
         blocks = (
             f"its {module.in_features} inputs are no multiple of" if isinstance(module, nn.Linear) else "only linear layers have"
         )
-        return f"{blocks} block_size={config.block_size}; it has one scale a channel"
-    return ""
+        yield f"{blocks} block_size={config.block_size}; it has one scale a channel"
+    if config.learn_scale and not isinstance(module, Fused):
+        yield "scales are trained in convolutions, linear layers and embeddings; those of its weights follow the weights"
+    if config.milestones is not None and not isinstance(module, Fused | QuantizedRecurrent):
+        yield "its weights are rounded once, by finalize, and wait for no milestone"
 
 
 def _mode(module: nn.Module) -> str:

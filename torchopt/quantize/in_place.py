@@ -9,7 +9,6 @@ from torch import nn
 
 from torchopt.quantize.config import Quantize
 from torchopt.quantize.layers import fused
-from torchopt.quantize.modules import Fused
 from torchopt.quantize.recurrent import RECURRENT
 from torchopt.quantize.rounded import rounded, rounded_class
 from torchopt.quantize.targets import Target
@@ -32,8 +31,6 @@ def in_place(model: nn.Module, path: str, config: Quantize, runtime: Target, par
     if layer is None:
         module.__dict__[WEIGHTS_LATER] = (config, bits, tuple(params))
         return model
-    if isinstance(layer, Fused) and config.milestones is not None:
-        layer.enable_fake_quant(False)
     if not path:
         return layer
     set_module(model, path, layer)

@@ -21,7 +21,9 @@ from torchopt.computed import covered
 from torchopt.errors import ModelError
 from torchopt.grid import set_grid
 from torchopt.quantize.config import Quantize
+from torchopt.quantize.learned import grown, since_start
 from torchopt.quantize.weight_grid import (
+    ONE_SCALE,
     SMALLEST_SCALE,
     Codes,
     Snap,
@@ -30,6 +32,7 @@ from torchopt.quantize.weight_grid import (
     lsq_start,
     products,
     settle,
+    settled,
     weight_scale,
 )
 from torchopt.surgery import batch_norm_affine
@@ -61,12 +64,15 @@ class Fused(nn.Module):
     bn: nn.Module | None
     act: nn.Module | None
     rounding: bool
+    rounded_params = ("weight",)
     reach: torch.Tensor | None
     shift: torch.Tensor | None
     shifts: bool = False
     reads: Any
     held: tuple[torch.Tensor, torch.Tensor | None] | None = None
     scale_in_use: torch.Tensor | None = None
+    weight_scale_start: torch.Tensor
+    weight_scale_growth: nn.Parameter
     fake_quant_enabled: torch.Tensor
     bn_frozen: torch.Tensor
 
@@ -93,6 +99,7 @@ class Fused(nn.Module):
         device = self.weight.device
         self.register_buffer("fake_quant_enabled", torch.ones(1, dtype=torch.uint8, device=device))
         self.register_buffer("bn_frozen", torch.zeros(1, dtype=torch.uint8, device=device))
+        self.register_buffer(ONE_SCALE, torch.zeros(1, dtype=torch.uint8, device=device))
         self.frozen = False
         chosen = not config.learn_scale and (bits <= LOW_BITS or config.rounding != "nearest")
         self.register_buffer("reach", torch.ones(self.weight.shape[self.out_axis], device=device) if chosen else None)
@@ -100,7 +107,8 @@ class Fused(nn.Module):
         self.register_buffer("shift", torch.zeros(channels, device=device) if config.corrects_bias else None)
         if config.learn_scale:
             start = lsq_start(self.weight, self.qmax, self.out_axis if config.per_channel else None)
-            self.weight_scale = nn.Parameter(start)
+            self.register_buffer("weight_scale_start", start)
+            self.weight_scale_growth = nn.Parameter(torch.zeros_like(start))
 
     @property
     def qmax(self) -> int:
@@ -117,6 +125,19 @@ class Fused(nn.Module):
         """The axis of the channels in the output."""
         return 1 if hasattr(self, "kernel_size") else -1
 
+    @property
+    def weight_scale(self) -> torch.Tensor:
+        """The scale of the weight where it is trained: (channels,), or () when per tensor."""
+        return grown(self.weight_scale_start, self.weight_scale_growth)
+
+    @torch.no_grad()
+    def restart_scale(self) -> None:
+        """Let a scale that is trained start anew, from the weight as it is."""
+        if self.config.learn_scale:
+            axis = self.out_axis if self.config.per_channel else None
+            self.weight_scale_start.copy_(lsq_start(self.weight, self.qmax, axis))
+            self.weight_scale_growth.zero_()
+
     def enable_fake_quant(self, enabled: bool = True) -> None:
         """Round the weight, or use it as it is."""
         self.fake_quant_enabled.fill_(enabled)
@@ -132,7 +153,7 @@ class Fused(nn.Module):
     def scale(self, w: torch.Tensor) -> torch.Tensor:
         """Return the scale of the weight's grid before batch norm: shape (channels,), or () when per tensor."""
         if self.config.learn_scale:
-            return self.weight_scale.abs().clamp(min=SMALLEST_SCALE)
+            return self.weight_scale.clamp(min=SMALLEST_SCALE)
         shared = not self.config.per_channel or settle(self, "weight")
         scale = weight_scale(w, self.qmax, None if shared else self.out_axis)
         if self.reach is None:
@@ -266,8 +287,11 @@ class Fused(nn.Module):
             self.bn.eval()
         return self
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        settled(self, state_dict, prefix)
+        if self.config.learn_scale:
+            since_start(state_dict, prefix, "weight_scale", "weight_scale_start", "weight_scale_growth", SMALLEST_SCALE)
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self.rounding, self.frozen = bool(self.fake_quant_enabled), bool(self.bn_frozen)
         self.set_shift(self.shift)
         self.train(self.training)

@@ -28,6 +28,7 @@ from torchopt.quantize.dropout import regularizes
 from torchopt.quantize.front import ENTRANCE
 from torchopt.quantize.fuse import activation_of, ends_of
 from torchopt.quantize.layers import FusedLinear
+from torchopt.quantize.learned import LearnedQuantizer
 from torchopt.quantize.match import match_kernels
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.targets import Target
@@ -254,13 +255,13 @@ def _config(traced: fx.GraphModule, node: fx.Node, users: list[fx.Node]) -> Quan
 def activation_quantizer(config: Quantize, target: Target, fixed_range: tuple[float, float] | None = None) -> ActivationQuantizer:
     """Return the quantizer of an activation, as the configuration of its layer and the runtime want it."""
     qmin, qmax = target.activation_range(config.activation_bits)
-    quantizer = ActivationQuantizer(
+    learned = config.learn_scale and fixed_range is None
+    quantizer = (LearnedQuantizer if learned else ActivationQuantizer)(
         quant_min=qmin,
         quant_max=qmax,
         symmetric=False,
         observer=config.observer,
         fixed_range=fixed_range,
-        learn=config.learn_scale,
     )
     quantizer.milestones = config.milestones  # type: ignore[assignment]
     return quantizer

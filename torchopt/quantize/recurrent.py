@@ -9,7 +9,7 @@ from torch import nn
 
 from torchopt.grid import set_grid
 from torchopt.quantize.config import Quantize
-from torchopt.quantize.weight_grid import Snap, along, settle, weight_scale
+from torchopt.quantize.weight_grid import ONE_SCALE, Snap, along, settle, settled, weight_scale
 
 
 class QuantizedRecurrent(nn.Module):
@@ -18,6 +18,7 @@ class QuantizedRecurrent(nn.Module):
     config: Quantize
     bits: int
     rounding: bool = True
+    fake_quant_enabled: torch.Tensor
     _flat_weights: list[Any]
     _flat_weight_refs: list[Any]
     _flat_weights_names: list[str]
@@ -28,7 +29,26 @@ class QuantizedRecurrent(nn.Module):
         quantized = cls.__new__(cls)
         quantized.__dict__.update({k: v.copy() if isinstance(v, dict | list) else v for k, v in layer.__dict__.items()})
         quantized.__dict__.update(config=config, bits=bits)
+        device = quantized._flat_weights[0].device
+        quantized.register_buffer("fake_quant_enabled", torch.ones(1, dtype=torch.uint8, device=device))
+        quantized.register_buffer(ONE_SCALE, torch.zeros(len(quantized.rounded_params), dtype=torch.uint8, device=device))
         return quantized
+
+    @property
+    def rounded_params(self) -> list[str]:
+        """The names of the weights; biases stay float."""
+        return [name for name in self._flat_weights_names if name.startswith("weight")]
+
+    def enable_fake_quant(self, enabled: bool = True) -> None:
+        """Round the weights, or use them as they are."""
+        self.fake_quant_enabled.fill_(enabled)
+        self.rounding = enabled
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        settled(self, state_dict, prefix)
+        state_dict.setdefault(f"{prefix}fake_quant_enabled", self.fake_quant_enabled.clone())  # earlier versions always rounded
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.rounding = bool(self.fake_quant_enabled)
 
     def scale(self, param: str) -> torch.Tensor:
         """Return the scale of one weight: (rows,), or () when per tensor."""
@@ -59,8 +79,9 @@ class QuantizedRecurrent(nn.Module):
         """Return the plain layer with its weights on their grids."""
         base = next(c for c in type(self).__mro__ if c.__module__.startswith("torch.nn.") and c is not nn.Module)
         plain: nn.Module = base.__new__(base)  # type: ignore[call-overload]
-        plain.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("config", "bits", "_shares")})
-        for param in [n for n in self._flat_weights_names if n.startswith("weight")]:
+        plain.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("config", "bits", "rounding", "_shares")})
+        plain.__dict__["_buffers"] = {k: v for k, v in self._buffers.items() if k not in ("fake_quant_enabled", ONE_SCALE)}
+        for param in self.rounded_params:
             scale, snapped = self.scale(param), self.snapped(param)
             setattr(plain, param, nn.Parameter(snapped.detach()))
             set_grid(plain, param, scale, self.bits, 0 if scale.dim() else None)

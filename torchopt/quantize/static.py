@@ -17,7 +17,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchopt.copies import twin
 from torchopt.errors import ModelError, StateError
-from torchopt.quantize.activations import ActivationQuantizer
 from torchopt.quantize.attention import open_attentions
 from torchopt.quantize.config import Quantize
 from torchopt.quantize.corrections import check
@@ -64,7 +63,6 @@ def static(
         raise ModelError(
             f"quantize: none of {list(assignment)[:3]} is called as a layer of a known class; use mode='dynamic' or 'weight_only'"
         )
-    _wait_for_milestones(quantized, next(iter(assignment.values())))
     _try(quantized, example_inputs)
     prove(origin, quantized, calls, "fusing")
     prove_training(origin, quantized, calls)
@@ -93,13 +91,6 @@ def _can_do_without(model: nn.Module, example_inputs: tuple[Any, ...]) -> bool:
     except Exception:
         return False
     return True
-
-
-def _wait_for_milestones(model: nn.Module, config: Quantize) -> None:
-    if config.milestones is not None:
-        for part in model.modules():
-            if isinstance(part, Fused | ActivationQuantizer):
-                part.enable_fake_quant(False)
 
 
 def _try(model: nn.Module, example_inputs: tuple[Any, ...]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+ONE_SCALE = "one_scale"  # the buffer that says for which weights of a layer one scale was decided
 SMALLEST_SCALE = 2.0**-60  # a channel of zeros still divides
 
 
@@ -122,7 +123,17 @@ def settle(module: nn.Module, param: str) -> bool:
     known: dict[str, bool] = module.__dict__.setdefault("_shares", {})
     if param not in known:
         known[param] = stands_on_table(module, param) or _looks_shared(getattr(module, param))
+        places = list(getattr(module, "rounded_params", ()))
+        if ONE_SCALE in module._buffers and param in places:
+            module.get_buffer(ONE_SCALE)[places.index(param)] = known[param]
     return known[param]
+
+
+def settled(module: Any, state: dict[str, Any], prefix: str) -> None:
+    """Before a checkpoint is loaded: take its decision over, where it holds one (those of earlier versions did not)."""
+    theirs = state.setdefault(prefix + ONE_SCALE, module.get_buffer(ONE_SCALE).clone())
+    if theirs.numel() == len(module.rounded_params):
+        module.__dict__["_shares"] = dict(zip(module.rounded_params, theirs.bool().tolist(), strict=True))
 
 
 def _looks_shared(w: torch.Tensor, few: int = 256) -> bool:
@@ -134,11 +145,18 @@ def _looks_shared(w: torch.Tensor, few: int = 256) -> bool:
 
 
 def lsq_start(w: torch.Tensor, qmax: int, axis: int | None) -> torch.Tensor:
-    """Return where a learned step starts: 2·mean|w| / √Q (Esser et al. 2020, arXiv:1902.08153, §2.1), per channel or ()."""
-    w = w.detach().abs()
-    if axis is None:
-        return (2 * w.mean() / qmax**0.5).clamp(min=SMALLEST_SCALE)
-    return (2 * w.transpose(0, axis).flatten(1).mean(1) / qmax**0.5).clamp(min=SMALLEST_SCALE)
+    """Return where a learned step starts: 2·mean|w| / √Q (Esser et al. 2020, arXiv:1902.08153, §2.1), per channel or ().
+
+    The formula is for few bits. With eight its grid ends at five times the largest weight: no step is wider than that weight needs.
+
+    Example:
+        >>> w = torch.tensor([[1.0, -1.0]])
+        >>> lsq_start(w, 1, 0), lsq_start(w, 100, 0)
+        (tensor([1.]), tensor([0.0100]))
+    """
+    w = w.detach()
+    mean = w.abs().mean() if axis is None else w.abs().transpose(0, axis).flatten(1).mean(1)
+    return torch.minimum(2 * mean / qmax**0.5, weight_scale(w, qmax, axis)).clamp(min=SMALLEST_SCALE)
 
 
 def lsq(w: torch.Tensor, scale: torch.Tensor, qmax: int) -> torch.Tensor:

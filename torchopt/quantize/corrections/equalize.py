@@ -37,7 +37,6 @@ from torchopt.quantize.fuse import ends_of
 from torchopt.quantize.kernels import IntegerKernel
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.pieces import Call, spread
-from torchopt.quantize.weight_grid import lsq_start
 from torchopt.surgery import module_of
 from torchopt.weights import Weight
 
@@ -225,8 +224,7 @@ def _see(layer: Fused) -> None:
     weight = Weight(module_name="", module=layer, param="weight", kind="custom")
     if weight.trainable is not layer.weight:
         layer.weight = weight.value
-    if layer.config.learn_scale:
-        layer.weight_scale.copy_(lsq_start(layer.weight, layer.qmax, layer.out_axis if layer.config.per_channel else None))
+    layer.restart_scale()
 
 
 def _is_linear(model: nn.Module, node: fx.Node) -> bool:
