@@ -1,8 +1,8 @@
 """What each weight of a model, or of an ONNX file, has become: one row a weight, and totals.
 
-`bytes` is what the weight takes in a file: the smallest of the packed forms (codes, table, positions, scale) for a torch model, what
-lies there for an ONNX file. A model in training is shown as `finalize` would bake it now. `entropy_bits` is the order-0 entropy of
-its values, in bits a weight: no code that treats weights one by one can be smaller.
+`bytes` is what the weight takes in a file, with its scales: for a torch model, the smaller of what `export` writes densely and the
+packed form (codes, table, positions); for an ONNX file, what lies there. A model in training is shown as `finalize` would bake it
+now. `entropy_bits` is the order-0 entropy of its values, in bits a weight: no code that treats weights one by one can be smaller.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from torchopt.compress import finalize
 from torchopt.errors import StateError
-from torchopt.export.decoded import weights_in_blocks
-from torchopt.export.decoders import DOMAIN
-from torchopt.export.pack import unpack_model
-from torchopt.export.read import read
+from torchopt.export.passes.block_weights import two_a_byte
+from torchopt.export.passes.half_weights import held
 from torchopt.grid import Grid, grids
 from torchopt.packing import encode
 from torchopt.prune.channels import Shrunken, shrunken_of, skipped_of
+from torchopt.report.stored import stored
 from torchopt.state import find_state, require_state
 from torchopt.weights import Skipped, Weight, is_pruned, weights
+
+FEW_ZEROS = 0.05  # share of zeros up to which nobody pruned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,55 +163,36 @@ def _as_baked(prepared: nn.Module) -> nn.Module:
 
 
 def _weight_row(weight: Weight, grid: Grid | None, *, masked: bool) -> Row:
-    value = weight.value.detach().cpu()
-    symbols = value.float().numpy() if grid is None else grid.codes(value).numpy()
-    packed = encode(symbols)
-    dense = value.nbytes if grid is None else -(-value.numel() * grid.bits // 8)
-    size = min(dense, packed.payload_bytes if packed else dense) + (0 if grid is None else grid.scale.nbytes)
-    return _row(weight.name, symbols, size, grid.bits if grid else None, ("masked",) if masked else ())
+    """A row as `export` writes the weight: float32 or float16, bytes, or two codes to a byte in blocks."""
+    value, standing = weight.value.detach().cpu(), ("masked",) if masked else ()
+    if grid is None:
+        written = held(value.float().numpy())
+        packed = encode(written)
+        size = min(written.nbytes, packed.payload_bytes if packed else written.nbytes)
+        half = written.dtype == np.float16
+        return _row(weight.name, written.astype(np.float32), size, 16 if half else None, "float16", standing)
+    symbols = grid.codes(value).numpy()
+    dense = symbols if grid.block is None else two_a_byte(symbols, grid.block)
+    packed = encode(dense)
+    size = min(dense.nbytes, packed.payload_bytes if packed else dense.nbytes) + held(grid.scale.numpy()).nbytes
+    return _row(weight.name, symbols, size, grid.bits, "int", standing)
 
 
 def _of_file(path: Path) -> Report:
-    model = read(path)
-    values, narrow = _symbols(path)
-    stored: dict[str, tuple[int, int | None]] = {}
-    for name, value in model.graph.initializers.items():
-        stored[name] = (value.const_value.nbytes if value.const_value is not None else 0, _bits(value.dtype))
-    for node in model.graph:
-        if node.domain == DOMAIN:
-            parts = [v for v in node.inputs if v is not None and v.const_value is not None]
-            size = sum(v.const_value.nbytes for v in parts if v.const_value is not None)
-            stored[str(node.outputs[0].name)] = (size, _bits(parts[-1].dtype))
-    stored.update({name: (stored[name][0], bits) for name, bits in narrow.items() if name in stored})
-    rows = [_row(name, v, *stored[name], ()) for name, v in values.items() if v.ndim > 1 and v.size and name in stored]
-    return Report(rows=rows, skipped=[])
+    return Report(rows=[_row(s.name, s.symbols, s.bytes, s.bits, s.kind, ()) for s in stored(path)], skipped=[])
 
 
-def _symbols(path: Path) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """The unpacked weights of a file, integers as integers; and the bits of those whose codes lie side by side in bytes."""
-    model = read(path)
-    unpack_model(model, str(path))
-    kept = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8, ir.DataType.UINT8}
-    constants = model.graph.initializers.items()
-    dense = {name: v.const_value.numpy() for name, v in constants if v.const_value is not None and v.dtype in kept}
-    blocks = weights_in_blocks(model)
-    return dense | {name: codes.symbols for name, codes in blocks.items()}, {name: codes.bits for name, codes in blocks.items()}
-
-
-def _bits(dtype: ir.DataType | None) -> int | None:
-    return {ir.DataType.INT8: 8, ir.DataType.UINT8: 8, ir.DataType.FLOAT16: 16}.get(dtype) if dtype is not None else None
-
-
-def _row(name: str, value: np.ndarray, size: int, bits: int | None, standing: tuple[str, ...]) -> Row:
+def _row(name: str, value: np.ndarray, size: int, bits: int | None, kind: str, standing: tuple[str, ...]) -> Row:
     """A row from a weight's symbols: its integers where it has a grid, else its values."""
     zeros, distinct = float((value == 0).mean()), len(np.unique(value))
+    bits = _needed(value, bits) if kind == "int" and bits is not None else bits
     seen = list(standing)
-    if zeros > 0.05 and "masked" not in seen:
+    if zeros > FEW_ZEROS and "masked" not in seen and (kind != "int" or not _by_rounding(value, zeros)):
         seen.append("pruned")
     if distinct <= 256 and value.size >= 8 * distinct and (bits is None or distinct < 2 ** (bits - 1)):
         seen.append("clustered")
     if bits is not None:
-        seen.append("float16" if bits == 16 else f"int{bits}")
+        seen.append(f"int{bits}" if kind == "int" else kind)
     return Row(
         name=name,
         shape=tuple(value.shape),
@@ -222,3 +203,18 @@ def _row(name: str, value: np.ndarray, size: int, bits: int | None, standing: tu
         entropy_bits=entropy_bits(value),
         techniques=tuple(seen),
     )
+
+
+def _needed(codes: np.ndarray, bits: int) -> int:
+    """The bits of a signed grid that holds the codes; a file may hold them in wider integers."""
+    low, high = int(codes.min()), int(codes.max())
+    return min(bits, max(2, max(high, -low - 1).bit_length() + 1))
+
+
+def _by_rounding(codes: np.ndarray, zeros: float) -> bool:
+    """Whether so many codes are 0 only since small weights are rounded to it.
+
+    Weights as training leaves them have about a log-concave density (Gauss, Laplace): p(0) · p(2) ≤ p(1)². Masks break that.
+    """
+    one, two = (float((np.abs(codes) == k).mean()) / 2 for k in (1, 2))
+    return one > 0 and zeros * two <= 2 * one**2

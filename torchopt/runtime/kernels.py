@@ -123,7 +123,8 @@ def _nodes_in(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.Node
 
 def _nodes_of(model: ir.Model) -> Iterator[ir.Node]:
     """The same nodes in the same order, as onnx-ir has them."""
-    for root in (model.graph, *(f for f in model.functions.values() if f.domain != DOMAIN)):
+    roots: list[ir.Graph | ir.Function] = [model.graph, *(f for f in model.functions.values() if f.domain != DOMAIN)]
+    for root in roots:
         yield from _nodes_below(root)
 
 

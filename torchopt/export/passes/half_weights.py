@@ -28,14 +28,24 @@ class HalfWeightsPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=bool(found))
 
 
+def held(array: np.ndarray) -> np.ndarray:
+    """Return a float32 array as files hold it: as float16 where that is the same bits.
+
+    Example:
+        >>> held(np.ones((8, 8), np.float32)).dtype, held(np.full((8, 8), 0.1, np.float32)).dtype
+        (dtype('float16'), dtype('float32'))
+    """
+    vector = array.size == max(array.shape, default=0)  # a bias, or a scale in a shape that broadcasts
+    if array.ndim < 2 or vector or array.size < SMALLEST or not float(np.abs(array).max()) <= LARGEST:
+        return array
+    half = array.astype(np.float16)
+    return half if np.array_equal(half.astype(np.float32).view(np.int32), array.view(np.int32)) else array
+
+
 def _fits(value: ir.Value) -> bool:
-    if value.const_value is None or value.is_graph_output() or value.is_graph_input():
+    if value.const_value is None or value.is_graph_output() or value.is_graph_input() or not list(value.uses()):
         return False
-    dense = value.const_value.numpy()
-    vector = dense.size == max(dense.shape, default=0)  # a bias, or a scale in a shape that broadcasts
-    if dense.ndim < 2 or vector or dense.size < SMALLEST or not list(value.uses()) or float(np.abs(dense).max()) > LARGEST:
-        return False
-    return np.array_equal(dense.astype(np.float16).astype(np.float32).view(np.int32), dense.view(np.int32))
+    return held(np.ascontiguousarray(value.const_value.numpy())).dtype == np.float16
 
 
 def _replace(graph: ir.Graph, value: ir.Value) -> None:
