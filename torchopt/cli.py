@@ -97,12 +97,13 @@ def export(
 @app.command()
 @click.argument("source")
 @click.argument("destination")
+@click.option("--strip", is_flag=True, help="Leave out torch's exporter's notes on nodes (source lines, module names).")
 @as_json
-def pack(source: str, destination: str, as_json: bool) -> None:
+def pack(source: str, destination: str, strip: bool, as_json: bool) -> None:
     """Write the weights of any ONNX file in their smallest exact form."""
     from torchopt.export import pack
 
-    result = pack(source, destination)
+    result = pack(source, destination, strip=strip)
     show(plain(result), str(result), as_json)
 
 

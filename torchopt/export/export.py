@@ -45,6 +45,7 @@ from torchopt.export.passes import (
     TidyPass,
     WideChannelsPass,
 )
+from torchopt.export.proof import prove
 from torchopt.export.serialize import serialized
 from torchopt.files import atomic_path
 from torchopt.grid import grids
@@ -128,16 +129,16 @@ def export(
         _check_integers(graph, version)
         applied = _rewrite(graph, model, wide=target in WIDENS and version >= PADS)
     graph = lowered(graph, version)
-    dense = len(serialized(graph, "export", shapes=False))
+    dense = serialized(graph, "export", shapes=False)
     note = _dense_because(target, pack, version)
     report = None if note else pack_model(graph)
-    size = write_checked(graph, path)
+    size = write_checked(graph, path, dense=dense if report is not None and report.rows else None)
     return ExportResult(
         path=Path(path),
         target=target,
         opset=version,
         size_bytes=size,
-        dense_size_bytes=dense,
+        dense_size_bytes=len(dense),
         passes=applied,
         packing=report,
         note=note,
@@ -223,11 +224,16 @@ def _dense_because(target: str, pack: bool | str, opset: int) -> str:
     return ""
 
 
-def write_checked(graph: ir.Model, path: str | os.PathLike[str]) -> int:
+def write_checked(graph: ir.Model, path: str | os.PathLike[str], *, dense: bytes | None = None) -> int:
     """Check the graph, let ONNX Runtime load it, write it atomically, and return its size in bytes.
 
+    Args:
+        graph: the graph.
+        path: the file.
+        dense: the same file before packing, where it was packed: the weights that ONNX Runtime decodes are compared with it.
+
     Raises:
-        ModelError: the checker or the runtime refuses it.
+        ModelError: the checker or the runtime refuses it, or it does not decode to what it was.
         FileError: the file cannot be written.
     """
     data = serialized(graph, "export", shapes=False)  # every runtime infers them; in a small file they are a tenth
@@ -238,6 +244,8 @@ def write_checked(graph: ir.Model, path: str | os.PathLike[str]) -> int:
         onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's exceptions share no class
         raise ModelError(f"export: the graph is refused by the checker or by ONNX Runtime: {str(error)[:300]}") from error
+    if dense is not None:
+        prove(dense, data, "export")
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
     return len(data)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,41 +21,60 @@ import onnx_ir as ir
 from torchopt.errors import FileError, ModelError
 from torchopt.export import marks
 from torchopt.export.calls import Call, Names, read_encoding, replace
+from torchopt.export.choose import chosen, tensor_of, values_of
 from torchopt.export.decoded import weight_values
-from torchopt.export.decoders import DOMAIN, decodable, function_bytes, function_name
+from torchopt.export.decoders import DOMAIN
+from torchopt.export.inlined import written_out
+from torchopt.export.older import newer
 from torchopt.export.pack_report import LeftDense, PackedTensor, PackReport
 from torchopt.export.packable import opset_of, packable
 from torchopt.export.proof import prove
 from torchopt.export.read import read, release
-from torchopt.export.scopes import Constant, Scope, View, scopes_of
+from torchopt.export.scopes import Scope, View, scopes_of
 from torchopt.export.serialize import copied, write
-from torchopt.packing import CALL_BYTES, Encoding, decode, encode, encodings, entropy_bytes
+from torchopt.export.strip import strip_notes
+from torchopt.packing import decode, entropy_bytes
 
 NEWEST_OPSET = onnx.defs.onnx_opset_version()
 OLDEST_OPSET = 12  # integers as attributes
 WITHOUT = 21  # the opset of decoders in a model that has no operators of ONNX's own set
 FUNCTIONS = 8  # the version of the file format that has model-local functions
-SMALL = 1 << 18  # bytes of a tensor below which the cost of its decoder counts
 
 
-def pack(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> PackReport:
+def pack(src: str | os.PathLike[str], dst: str | os.PathLike[str], *, strip: bool = False) -> PackReport:
     """Write `src` with its weights packed to `dst`; the decoded weights equal the source's bit for bit.
 
     Before `dst` gets its name, the file is read again: ONNX Runtime decodes every packed weight, and these, all other tensors and all
-    nodes are compared with the source. A file with nothing to pack is written as it is, byte for byte.
+    nodes are compared with the source. Outputs are then equal too, but for the last bit where the report's `inlined` names operators.
+    A file with nothing to pack is written as it is, byte for byte. One of opset 7 to 11 is first converted to 12 by onnx, which must
+    not change a bit of what ONNX Runtime gives on random inputs.
 
     Args:
         src: any ONNX file.
         dst: the file to write; the same path as `src` is fine.
+        strip: leave out what torch's exporter notes on nodes and values (source lines, module names), which no runtime reads.
 
     Raises:
         FileError: `src` is missing or no ONNX file, or `dst` cannot be written.
         ModelError: the model's opset is too old or unknown, or what was written is not equal to the source.
     """
-    model = read(src)
+    source, target = Path(src), Path(dst)
+    model = read(source)
+    opset = opset_of(model) or WITHOUT
+    if opset >= OLDEST_OPSET or not packable(View(model), opset)[0]:
+        return _pack_file(model, source, source, target, strip)
+    with tempfile.TemporaryDirectory() as folder:
+        converted = Path(folder) / source.name
+        newer(source, converted, opset, OLDEST_OPSET)
+        return _pack_file(read(converted), converted, source, target, strip)
+
+
+def _pack_file(model: ir.Model, read_from: Path, source: Path, target: Path, strip: bool) -> PackReport:
+    """Pack a model that was read from a file, the source itself or what it was converted to, and write it to the target."""
     report = pack_model(model, keep=True)
-    if report.rows or not copied(model, Path(src), Path(dst)):
-        write(model, dst, check=lambda path: prove(Path(src), path, f"pack: {dst}"))
+    stripped = strip and strip_notes(model)
+    if report.rows or stripped or not copied(model, source, target):
+        write(model, target, check=lambda path: prove(read_from, path, f"pack: {target}"))
     return report
 
 
@@ -97,14 +117,14 @@ def pack_model(model: ir.Model, *, keep: bool = False) -> PackReport:
         ModelError: the opset is too old or unknown.
     """
     opset = opset_of(model) or WITHOUT
-    if not OLDEST_OPSET <= opset <= NEWEST_OPSET:
-        raise ModelError(f"pack: the model has opset {opset}; convert it to one of {OLDEST_OPSET} to {NEWEST_OPSET}")
     view = View(model)
     weights, left = packable(view, opset)
+    if weights and not OLDEST_OPSET <= opset <= NEWEST_OPSET:
+        raise ModelError(f"pack: the model has opset {opset}; convert it to one of {OLDEST_OPSET} to {NEWEST_OPSET}")
     orders = {id(scope.body): list(scope.body.initializers) for scope in view.scopes if isinstance(scope.body, ir.Graph)}
     rows, names, calls = {}, Names(view), list[ir.Node]()
-    for name, encoding in _chosen(weights, opset):
-        dense = _values(weights[name])
+    for name, encoding in chosen(weights, opset):
+        dense = values_of(weights[name])
         rows[name] = PackedTensor(
             name=name,
             codec=encoding.name,
@@ -123,11 +143,12 @@ def pack_model(model: ir.Model, *, keep: bool = False) -> PackReport:
     if keep:
         _remember_orders(view, orders, {id(call) for call in calls})
     left += [
-        LeftDense(name=name, dense_bytes=_tensor(constant).nbytes, reason="no smaller form")
+        LeftDense(name=name, dense_bytes=tensor_of(constant).nbytes, reason="no smaller form")
         for name, constant in weights.items()
         if name not in rows
     ]
-    return PackReport(rows=[rows[name] for name in weights if name in rows], left=left)
+    found = [rows[name] for name in weights if name in rows]
+    return PackReport(rows=found, left=left, inlined=written_out(model, view) if found else ())
 
 
 def _raise_versions(model: ir.Model, keep: bool) -> None:
@@ -146,66 +167,6 @@ def _remember_orders(view: View, orders: dict[int, list[str]], calls: set[int]) 
         if isinstance(scope.body, ir.Graph):
             made = [node for node in scope.body if id(node) in calls and marks.NODE not in node.metadata_props]
             marks.remember_order(scope.body, orders[id(scope.body)], made)
-
-
-def _chosen(weights: dict[str, Constant], opset: int) -> Iterator[tuple[str, Encoding]]:
-    """Yield the encoding of each weight that gets one.
-
-    A large tensor takes its smallest. The small ones share decoders, which cost bytes too: starting from all kinds, the kind whose
-    loss saves most is dropped, until none does.
-    """
-    given: set[str] = set()
-    options: dict[
-        str, dict[str, int]
-    ] = {}  # bytes of a small tensor by the kind that it would be packed as; one is made in the end
-    sizes: dict[str, dict[str, int]] = {}
-    for name, value in weights.items():
-        dense = _values(value)
-        if dense.nbytes < SMALL:
-            options[name] = {}
-            for e in (e for e in encodings(dense) if decodable(e, opset)):
-                kind = function_name(e, opset)
-                options[name][kind] = min(e.payload_bytes, options[name].get(kind, dense.nbytes))
-                sizes[kind] = function_bytes(e, opset)
-        elif (encoding := encode(dense, lambda e: decodable(e, opset))) is not None:
-            given |= {*function_bytes(encoding, opset)}
-            yield name, encoding
-            del encoding
-    kinds = _worth_their_decoders(options, sizes, given, {n: _tensor(weights[n]).nbytes for n in options})
-    for name in options:
-        if any(kind in kinds for kind in options[name]):
-            encoding = encode(_values(weights[name]), lambda e: decodable(e, opset) and function_name(e, opset) in kinds)
-            assert encoding is not None
-            yield name, encoding
-
-
-def _worth_their_decoders(
-    options: dict[str, dict[str, int]], sizes: dict[str, dict[str, int]], given: set[str], dense: dict[str, int]
-) -> set[str]:
-    """The kinds of encodings with which the small tensors and their decoders take the fewest bytes."""
-
-    def cost(kinds: set[str]) -> int:
-        best = {n: min((size for kind, size in found.items() if kind in kinds), default=None) for n, found in options.items()}
-        tensors = sum(dense[n] if size is None else size + CALL_BYTES for n, size in best.items())
-        needed = {name: size for kind in kinds for name, size in sizes[kind].items() if name not in given}
-        return tensors + sum(needed.values())
-
-    kinds = set(sizes)
-    while droppable := sorted(kinds - given):
-        least, kind = min((cost(kinds - {kind}), kind) for kind in droppable)
-        if least >= cost(kinds):
-            break
-        kinds.remove(kind)
-    return kinds
-
-
-def _tensor(constant: Constant) -> ir.TensorProtocol:
-    assert constant.tensor is not None
-    return constant.tensor
-
-
-def _values(constant: Constant) -> np.ndarray:
-    return _tensor(constant).numpy()
 
 
 def unpack_model(model: ir.Model, where: str) -> None:

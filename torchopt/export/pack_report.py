@@ -32,10 +32,12 @@ class PackReport:
     Attributes:
         rows: the tensors that got smaller.
         left: the larger ones that did not.
+        inlined: operators that ONNX Runtime writes out as functions, earlier in a packed file: outputs may differ in the last bit.
     """
 
     rows: list[PackedTensor] = field(default_factory=list)
     left: list[LeftDense] = field(default_factory=list)
+    inlined: tuple[str, ...] = ()
 
     @property
     def dense_bytes(self) -> int:
@@ -53,4 +55,9 @@ class PackReport:
         for reason in dict.fromkeys(entry.reason for entry in self.left):
             sizes = [entry.dense_bytes for entry in self.left if entry.reason == reason]
             lines.append(f"left dense: {len(sizes)} of {sum(sizes):,} bytes: {reason}")
+        if self.inlined:
+            names = ", ".join(self.inlined)
+            lines.append(
+                f"{names}: ONNX Runtime writes it out as a function, earlier in a packed file: outputs may differ in the last bit"
+            )
         return "\n".join(lines)

@@ -35,13 +35,16 @@ class _DifferentError(Exception):
 class _File:
     """A file as `onnx` reads it; sparse tensors made dense."""
 
-    path: Path
+    path: Path | None
     model: ModelProto
     calls: list[tuple[NodeProto, dict[str, TensorProto], TensorProto]] = field(default_factory=list)
 
     @classmethod
-    def read(cls, path: Path) -> _File:
-        model = onnx.load_model(path, load_external_data=False)
+    def read(cls, source: Path | bytes) -> _File:
+        if isinstance(source, bytes):
+            model, path = ModelProto.FromString(source), None
+        else:
+            model, path = onnx.load_model(source, load_external_data=False), source
         densify(model.graph)
         for function in model.functions:
             densify_nodes(function.node)
@@ -49,7 +52,7 @@ class _File:
 
     def array(self, tensor: TensorProto) -> np.ndarray:
         """The tensor's values; those of another file are read from there."""
-        if tensor.data_location != TensorProto.EXTERNAL:
+        if tensor.data_location != TensorProto.EXTERNAL or self.path is None:
             return numpy_helper.to_array(tensor)
         where = {entry.key: entry.value for entry in tensor.external_data}
         with open(beside(self.path, where["location"]), "rb") as file:
@@ -59,11 +62,11 @@ class _File:
         return numpy_helper.to_array(whole)
 
 
-def prove(dense: Path, packed: Path, where: str) -> None:
+def prove(dense: Path | bytes, packed: Path | bytes, where: str) -> None:
     """Compare a dense file with its packed form.
 
     Args:
-        dense: the file as it was, or as unpacking gave it back.
+        dense: the file as it was, or as unpacking gave it back; or its bytes.
         packed: the other one.
         where: what the error names.
 

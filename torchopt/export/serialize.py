@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import onnx
@@ -156,9 +156,22 @@ def _message(model: ir.Model, where: str, *, shapes: bool = True) -> bytes:
             kept = [onnx.ValueInfoProto.FromString(info.SerializeToString()) for info in kept]
             del message.value_info[:]
             message.value_info.extend(kept)
+            _once(message.initializer, message.node)
+        for function in proto.functions:
+            _once([], function.node)
         return bytes(proto.SerializeToString())
     except Exception as error:  # google.protobuf.message.EncodeError or a ValueError, by version
         raise ModelError(f"{where}: cannot be written as one ONNX file: {str(error)[:200]}") from error
+
+
+def _once(tensors: Iterable[onnx.TensorProto], nodes: Iterable[onnx.NodeProto]) -> None:
+    """Take out the metadata of tensors that onnx-ir writes a second and third time."""
+    for tensor in itertools.chain(tensors, (a.t for node in nodes for a in node.attribute if a.HasField("t"))):
+        known = {entry.key: entry.value for entry in tensor.metadata_props}
+        if len(known) < len(tensor.metadata_props):
+            del tensor.metadata_props[:]
+            for key, value in known.items():
+                tensor.metadata_props.add(key=key, value=value)
 
 
 def _data_of(path: Path) -> set[str]:
