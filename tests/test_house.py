@@ -34,6 +34,7 @@ ROOMS = [
         "average",
         "computed",
         "plain",
+        "moved",
     },
     {"prune", "cluster", "quantize"},
     {"export", "runtime"},

@@ -38,7 +38,7 @@ from torchopt.quantize import (
     open_attentions,
 )
 from torchopt.rules import Rule
-from torchopt.state import State, find_state
+from torchopt.state import State, find_state, require_state
 from torchopt.strict import build
 from torchopt.surgery import set_module
 from torchopt.traced import describe, rebuild
@@ -66,7 +66,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         >>> torch.equal(load(file, nn.Linear(3, 2)).weight, net.weight)
         True
     """
-    found = find_state(model)
+    found = require_state(model, "save") if find_state(model) is not None else None
     inner = found[0] if found else model
     header = _header(inner, found[1] if found else None)
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in inner.state_dict().items()}

@@ -27,12 +27,12 @@ from torchopt.copies import copied, twin
 from torchopt.earlier import Left, left_behind
 from torchopt.errors import RuleError
 from torchopt.fallback import faster_rules
-from torchopt.intact import check_finished, check_intact
+from torchopt.intact import check_finished, check_intact, warn_of_the_loop
 from torchopt.prune import ConstantSparsity, Prune
 from torchopt.prune.plan import plan_of
 from torchopt.refusals import refuse_model, refuse_weights
 from torchopt.rules import Assigned, Rule, assign, checked
-from torchopt.state import ATTRIBUTE, State, require_state
+from torchopt.state import ATTRIBUTE, State, require_state, require_states
 from torchopt.weights import Skipped, Weight, custom_weights, find_weight, weights
 
 
@@ -78,7 +78,9 @@ def prepare(
 
     rules, slower = faster_rules(copied(model), rules, example_inputs, target, quantized)
     ready = attach(model, rules, example_inputs, found, target)
-    require_state(ready, "prepare")[1].skipped += slower
+    state = require_state(ready, "prepare")[1]
+    state.skipped += slower
+    state.moved.remember(ready.parameters())
     return ready
 
 
@@ -104,22 +106,35 @@ def step(model: nn.Module) -> int:
     """Advance every schedule of a prepared model by one; call it after each `optimizer.step()`.
 
     Args:
-        model: what `prepare` returned, bare or wrapped (DistributedDataParallel, torch.compile).
+        model: what `prepare` returned, bare or wrapped (DistributedDataParallel, torch.compile). Of several prepared networks inside one
+            module (a generator and its critic) those are advanced whose weights have moved since their last step.
 
     Returns:
         The number of optimizer steps taken so far, 1 after the first.
 
     Raises:
         StateError: the model was not prepared, or distributed ranks disagree on the rules.
+
+    Warns:
+        UserWarning: no weight has changed since the last call, though there are gradients; or tables were trained by an optimizer that
+            searches along lines.
     """
-    prepared, state = require_state(model, "step")
+    parts = require_states(model, "step")
+    moved = [part for part in parts if len(parts) == 1 or not part[1].moved.still(part[0].parameters())]
+    return max(advance(*part) for part in moved or parts)
+
+
+def advance(prepared: nn.Module, state: State) -> int:
+    """Count one optimizer step of one prepared network, do what is due, and return its number."""
     state.check_ranks()
+    warn_of_the_loop(prepared, state)
     number = state.advance()
     pruning.update(prepared, number)
     clustering.update(prepared, number)
     if dist.is_available() and dist.is_initialized():
         quantization.synchronize(prepared)
     quantization.update(prepared, number)
+    state.moved.remember(prepared.parameters())
     return number
 
 

@@ -13,7 +13,7 @@ import torch
 from torchopt.weights import Weight
 
 SHARED_AT_MOST = 256  # a tensor with more distinct values than a uint8 code can name was never clustered
-USES = 2  # values count as shared where each is used this often on average; those of weights that were never clustered are all distinct
+USES = 1.5  # values count as shared where each is used this often on average; those of weights that were never clustered are all distinct
 
 
 Left = tuple[int, int]  # zeros, shared values
@@ -45,7 +45,7 @@ def left_behind(candidates: Sequence[Weight]) -> dict[str, Left]:
 
 def _distinct(values: torch.Tensor) -> int:
     """Count the distinct values, giving up early (with a larger count) on tensors that were never clustered."""
-    size = USES * SHARED_AT_MOST
+    size = 2 * SHARED_AT_MOST
     while size < values.numel():  # some start with a row that repeats few values
         distinct = values[:size].unique().numel()
         if distinct > SHARED_AT_MOST:

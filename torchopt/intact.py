@@ -7,18 +7,23 @@ activation ranges, when they are baked, by whether scale and ends belong togethe
 
 from __future__ import annotations
 
+import warnings
+
 from torch import nn
 
 from torchopt import cluster as clustering
 from torchopt import prune as pruning
 from torchopt import quantize as quantization
 from torchopt.errors import StateError
+from torchopt.moved import has_finite_gradients
 from torchopt.state import State
 
 REMEDY = (
     "an average of models with their buffers (AveragedModel(use_buffers=True), Lightning's EMAWeightAveraging) does that: give it "
     "multi_avg_fn=torchopt.ema_multi_avg_fn(decay), which copies masks, codes and counter"
 )
+
+MOST_EVALUATIONS = 3  # of tables between two steps: those of an optimizer that looks ahead once, and of an average
 
 
 def check_intact(prepared: nn.Module, state: State) -> None:
@@ -64,4 +69,24 @@ def check_finished(prepared: nn.Module, step: int) -> None:
         raise StateError(
             f"finalize: after step {step}, {waiting[0]}{more}; train on until step {max(w.done_step for w in waiting)}, "
             "end the schedule earlier, or take the masks as they are with finalize(model, unfinished=True)"
+        )
+
+
+def warn_of_the_loop(prepared: nn.Module, state: State) -> None:
+    """Before a step is counted, say once what about the loop around it cannot be right."""
+    still = bool(state.step) and state.moved.still(prepared.parameters()) and has_finite_gradients(prepared.parameters())
+    if still and state.moved.once("still"):
+        warnings.warn(
+            "step: no weight has changed since the last call, though there are gradients; call torchopt.step only after the optimizer has "
+            "stepped (under accelerate: if accelerator.sync_gradients), and make the optimizer of what prepare returned: "
+            "torch.optim.SGD(model.parameters(), …)",
+            stacklevel=4,
+        )
+    searched = clustering.evaluations(prepared)
+    if searched > MOST_EVALUATIONS and state.moved.once("searched"):
+        warnings.warn(
+            f"step: shared values were evaluated at {searched} places since the last call; a line search (LBFGS) compares losses with "
+            "gradients that pass straight through to the weights, and fails: train tables with SGD or Adam, and call torchopt.step "
+            "after each of their steps",
+            stacklevel=4,
         )

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from torchopt.errors import ConfigError, ModelError, StateError
 from torchopt.grid import grids
 from torchopt.rules import Assigned
-from torchopt.state import find_state
+from torchopt.state import find_state, refuse_sharded
 from torchopt.weights import Weight
 
 WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
@@ -32,6 +32,7 @@ def refuse_model(model: nn.Module) -> None:
     if wrapper in WRAPPERS:
         inner = WRAPPERS[wrapper]
         raise ModelError(f"prepare: the model is wrapped in {wrapper}; prepare model.{inner}, and wrap what prepare returns")
+    refuse_sharded(model, "prepare")
     for name, tensor in model.named_parameters():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"prepare: {name} holds NaN or infinity; a trained, finite model is needed")

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from torchopt.copies import Origin
 from torchopt.errors import StateError
+from torchopt.moved import Moved
 from torchopt.seal import seal
 from torchopt.weights import Skipped
 
@@ -64,6 +66,7 @@ class State(nn.Module):
         self.origin = Origin(origin)
         self.frozen: list[str] = []  # parameters that were frozen when the model was prepared: no mask or table stands on them
         self.ranks_agree = False
+        self.moved = Moved()
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("seal", seal(self.step))
         self.register_buffer("fingerprint", _digest(repr((_chosen(self.rules), sorted(names), target))))
@@ -114,25 +117,76 @@ class State(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def find_state(model: nn.Module) -> tuple[nn.Module, State] | None:
-    """Return the prepared module inside `model` (which DDP, compile or an averaged model may wrap) and its state, or None."""
-    for module in model.modules():
-        state = module._modules.get(ATTRIBUTE)
-        if isinstance(state, State):
-            return module, state
-    return None
+Found = tuple[nn.Module, State]
+SHARDED = (
+    "_local_tensor",
+    "_handle",
+    "ds_id",
+)  # of Parameters of FSDP2 (and tensor parallelism), of FSDP1, of DeepSpeed's ZeRO-3
 
 
-def require_state(model: nn.Module, verb: str) -> tuple[nn.Module, State]:
-    """Return the prepared module and its state.
+def refuse_sharded(model: nn.Module, verb: str) -> None:
+    """Refuse weights of which each process holds a part: masks rank whole weights, and tables and grids stand on them.
 
     Raises:
-        StateError: the model was not prepared.
+        StateError: a weight is sharded.
     """
-    found = find_state(model)
-    if found is None:
+    for name, parameter in model.named_parameters():
+        if type(parameter) is not nn.Parameter and any(hasattr(parameter, mark) for mark in SHARDED):
+            raise StateError(
+                f"{verb}: {name} is sharded over processes ({type(parameter).__name__}), and masks, tables and grids need whole weights; "
+                "train the prepared model under DistributedDataParallel, and shard what finalize returns"
+            )
+
+
+def find_states(model: nn.Module) -> dict[str, Found]:
+    """Return the prepared networks inside `model` (which DDP, compile or an averaged model may wrap) with their states, by path.
+
+    The averaged copies of a network count where there is no other one.
+    """
+    found, averages = dict[str, Found](), []
+    for path, module in model.named_modules():
+        if isinstance(module, AveragedModel):
+            averages.append(f"{path}." if path else "")
+        state = module._modules.get(ATTRIBUTE)
+        if isinstance(state, State):
+            found[path] = module, state
+    outside = {path: one for path, one in found.items() if not any(path.startswith(average) for average in averages)}
+    return outside or found
+
+
+def find_state(model: nn.Module) -> Found | None:
+    """Return the prepared network inside `model` and its state, or None; the first where there are several."""
+    return next(iter(find_states(model).values()), None)
+
+
+def require_states(model: nn.Module, verb: str) -> list[Found]:
+    """Return the prepared networks and their states, at least one.
+
+    Raises:
+        StateError: nothing was prepared, or its weights are sharded.
+    """
+    refuse_sharded(model, verb)
+    found = list(find_states(model).values())
+    if not found:
         raise StateError(f"{verb}: this {type(model).__name__} was not prepared; call torchopt.prepare(model, rules) first")
     return found
+
+
+def require_state(model: nn.Module, verb: str) -> Found:
+    """Return the prepared network and its state.
+
+    Raises:
+        StateError: nothing was prepared, or several networks were.
+    """
+    found = require_states(model, verb)
+    if len(found) > 1:
+        paths = list(find_states(model))
+        raise StateError(
+            f"{verb}: {len(found)} networks inside this {type(model).__name__} were prepared ({', '.join(paths[:4])}); "
+            f"call {verb} on each, such as model.{paths[0]}"
+        )
+    return found[0]
 
 
 def _chosen(value: Any) -> Any:

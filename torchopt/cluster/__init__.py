@@ -1,6 +1,6 @@
 """Shared values: few distinct weights per layer, found by exact one-dimensional k-means and trained with the model."""
 
-from torchopt.cluster.attach import attach, bake, damaged, refit, shared_weights, soft_until, table_of, update
+from torchopt.cluster.attach import attach, bake, damaged, evaluations, refit, shared_weights, soft_until, table_of, update
 from torchopt.cluster.config import Cluster
 from torchopt.cluster.kmeans import kmeans, squared_error
 from torchopt.cluster.shared import SharedWeights
@@ -11,6 +11,7 @@ __all__ = [
     "attach",
     "bake",
     "damaged",
+    "evaluations",
     "kmeans",
     "refit",
     "shared_weights",

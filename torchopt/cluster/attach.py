@@ -69,6 +69,7 @@ def update(model: nn.Module, step: int) -> bool:
     """After optimizer step `step` (from 1): find the nearest entry of each weight anew where it is due; True if a table stands."""
     tables = {id(shared): (weight, shared) for weight, shared in shared_weights(model)}
     for weight, shared in tables.values():
+        shared.evaluations = 0
         if shared.config.soft_until:
             shared.softness.fill_(max(0, shared.config.soft_until - step))
         turn, late = divmod(step, shared.config.frequency)
@@ -79,6 +80,11 @@ def update(model: nn.Module, step: int) -> bool:
         elif (mask := _mask(weight)) is not None:
             shared.mask_(mask)  # weights masked since the last turn
     return bool(tables)
+
+
+def evaluations(model: nn.Module) -> int:
+    """Return at how many places the tables of `model` were evaluated in training since the last step, at most."""
+    return max((shared.evaluations for _, shared in shared_weights(model)), default=0)
 
 
 def soft_until(model: nn.Module) -> int:

@@ -57,6 +57,7 @@ class SharedWeights(nn.Module):
         soft = torch.tensor(config.soft_until, device=table.device) if config.soft_until else None
         self.register_buffer("softness", soft)  # steps left, a whole number: averages leave it alone
         self.rendered: tuple[Tensor, Any, Tensor] | None = None  # ŵ, which codes it is of, which table
+        self.evaluations = 0  # tables that gradients were asked for since the last step
 
     @property
     def intact(self) -> bool:
@@ -70,7 +71,7 @@ class SharedWeights(nn.Module):
         self.seal.copy_(seal(self.codes))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "rendered": None}
+        return {**self.__dict__, "rendered": None, "evaluations": 0}
 
     def forward(self, original: Tensor) -> Tensor:
         """Return ŵ, of the weight's shape, with gradients to `original` and to the table."""
@@ -161,6 +162,7 @@ class SharedWeights(nn.Module):
                 buffer = self._buffer(table)
                 render_(buffer.view(1, -1), table, self.codes)
             self.rendered = (buffer, self._codes_now(), table.clone())
+            self.evaluations += self.training
         return buffer
 
     def _buffer(self, table: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ def entropy_bits(value: np.ndarray) -> float:
 
 
 def _of_model(model: nn.Module) -> Report:
-    found = find_state(model)
+    found = require_state(model, "report") if find_state(model) is not None else None
     inner, skipped = (found[0], found[1].skipped) if found else (model, [])
     masked = {weight.name for weight in weights(inner) if is_pruned(weight.module, weight.param)}
     shown = _as_baked(model) if found else inner
