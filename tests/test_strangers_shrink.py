@@ -211,7 +211,7 @@ class Config:
 class Configured(nn.Module):
     def __init__(self):
         super().__init__()
-        self.config, self.a, self.b = Config(), L(8, 64), L(64, 3)
+        self.config, self.a, self.b, self.horizon = Config(), L(8, 64), L(64, 3), 64
         self.sizes = {"hidden": 64, "image_size": 64}
 
     def forward(self, x):
@@ -221,10 +221,22 @@ class Configured(nn.Module):
 def test_a_configuration_follows_and_what_only_has_the_same_value_is_named(tmp_path):
     small = torchopt.shrink(built(Configured), (ROWS,), ratio=0.5)
     assert (small.config, small.sizes) == (Config(32, 4, 64), {"hidden": 32, "image_size": 64})
-    assert [skip.name for skip in skipped_of(small)] == ["config.window", "sizes.image_size"]
+    assert ([skip.name for skip in skipped_of(small)], small.horizon) == (["horizon"], 64)
     assert skipped_of(small)[0].reason.startswith("still says 64, and what was so wide is 32 now")
     again = reloaded(small, Configured, tmp_path)
     assert (again.config, again.sizes) == (small.config, small.sizes)
+
+
+def test_padding_at_the_edges_of_a_picture_ties_no_channels():
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = C(3, 32, 3), C(32, 5, 3, stride=2)
+
+        def forward(self, x):
+            return self.b(F.pad(F.relu(self.a(x)), (0, 1, 0, 1)))
+
+    assert torchopt.shrink(built(Padded), (IMAGE,), ratio=0.5).a.out_channels == 16
 
 
 class Split(nn.Module):

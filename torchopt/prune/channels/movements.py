@@ -92,8 +92,18 @@ def _carried(call: Call, source: torch.Tensor, axis: int, ids: Ids) -> list[torc
     if call.name in RESHAPES:
         return [numbers.reshape(call.results[0].shape)]
     if call.name == "constant_pad_nd":
-        return [call.func(numbers, call.given["pad"], 0)]
+        return [_padded(call, numbers, axis)]
     return tensors_in(call.func(numbers, *call.args[1:], **call.kwargs))
+
+
+def _padded(call: Call, numbers: torch.Tensor, axis: int) -> torch.Tensor:
+    """What is put before and behind the channels is no channel; along the other axes, a constant reaches all of them alike."""
+    shape, pad = call.results[0].shape, list(call.given["pad"])
+    place = 2 * (numbers.dim() - 1 - axis)
+    line = numbers[tuple(slice(None) if d == axis else slice(0, 1) for d in range(numbers.dim()))]
+    if place < len(pad):
+        line = call.func(line, [0] * place + pad[place : place + 2], 0)
+    return line.expand(shape)
 
 
 def _place(trace: Trace, axes: Axes, numbers: torch.Tensor) -> None:

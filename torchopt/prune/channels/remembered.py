@@ -29,6 +29,7 @@ GEOMETRY = {
     "out_features", "output_padding", "padding", "padding_idx", "stride", "_reversed_padding_repeated_twice", "embedding_dim",
     "normalized_shape", "num_channels", "num_groups", "num_parameters", "input_size", "hidden_size", "proj_size",
 }  # fmt: skip
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU, nn.EmbeddingBag)
 WORDS = {
     "c", "ch", "chan", "channel", "channels", "chs", "dim", "dims", "embed", "feat", "features", "feats", "filters", "head", "heads",
     "hidden",
@@ -82,10 +83,19 @@ class Number:
         return f"{self.module}{''.join(places)}".lstrip(".")
 
     @property
+    def words(self) -> set[str]:
+        """The words of its name."""
+        return {word for part in self.path if isinstance(part, str) for word in re.split(r"[_\d]+", part.lower())}
+
+    @property
     def telling(self) -> bool:
         """True where the name says that it is about channels, whether forward reads it or not."""
-        words = {word for part in self.path if isinstance(part, str) for word in re.split(r"[_\d]+", part.lower())}
-        return bool(words & WORDS) and not words & OTHER_WORDS
+        return bool(self.words & WORDS) and not self.words & OTHER_WORDS
+
+    @property
+    def near(self) -> bool:
+        """True for a module's own number that may be about its channels: in a configuration, many have the same value by chance."""
+        return not any(isinstance(part, str) for part in self.path[1:]) and not self.words & OTHER_WORDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +130,7 @@ def numbers(model: nn.Module) -> Iterator[Number]:
         if isinstance(module, HeadAttention | nn.MultiheadAttention) or (own and not isinstance(module, SIZED)):
             continue
         for attribute, value in module.__dict__.items():
-            if not (isinstance(module, LAYERS) and attribute in GEOMETRY):
+            if not (isinstance(module, LAYERS + NORMS) and attribute in GEOMETRY):
                 for path, number, owner in _in(value, (attribute,), type(module).__name__, known):
                     yield Number(module=name, path=path, owner=owner, value=number)
 
@@ -173,7 +183,7 @@ def renewals(whole: nn.Module, small: nn.Module, groups: Sequence[Group], gone: 
     """Return the remembered numbers that axes of the weights explain, where any of these axes became shorter."""
     around = _lengths(whole, small, groups, gone)
     found = []
-    for number in numbers(small):
+    for number in numbers(whole):
         became = _explained(around, number)
         options = tuple(sorted(became - {number.value}))
         if options:
@@ -184,8 +194,7 @@ def renewals(whole: nn.Module, small: nn.Module, groups: Sequence[Group], gone: 
 def _explained(around: Mapping[str, Lengths], number: Number) -> set[int]:
     """What became of the axes as long as the number, in the smallest module around it that has any."""
     configured = len(number.path) > 1 and not isinstance(number.path[1], int)  # it speaks of the whole network
-    words = {word for part in number.path if isinstance(part, str) for word in re.split(r"[_\d]+", part.lower())}
-    side = "in:" if "in" in words else "out:" if "out" in words else ""
+    side = "in:" if "in" in number.words else "out:" if "out" in number.words else ""
     place = "" if configured else number.module
     while True:
         for prefix in dict.fromkeys((side, "")):

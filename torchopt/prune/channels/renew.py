@@ -69,4 +69,4 @@ class Renewals:
     def stale(self, kinds: Kinds) -> list[Renewal]:
         """Return the numbers that keep an old value although the axes that they are about changed."""
         renewed = {kind for kind, _ in kinds}
-        return [r for r in self.found if r.number.kind not in renewed and (r.sure or r.number.telling)]
+        return [r for r in self.found if r.number.kind not in renewed and (r.number.telling or (r.sure and r.number.near))]
