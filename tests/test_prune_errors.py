@@ -32,7 +32,7 @@ def test_sparsity_outside_zero_to_one(sparsity):
             r"Prune\.pattern: got 'elements'; one of element, block.*did you mean 'element'\?",
         ),
         ({"schedule": 0.5, "pattern": 4}, r"Prune\.pattern: got 4; one of"),
-        ({"schedule": 0.5, "scope": "model"}, r"Prune\.scope: got 'model'; one of layer, global is needed"),
+        ({"schedule": 0.5, "scope": "model"}, r"Prune\.scope: got 'model'; one of layer, global, coupled is needed"),
         ({"schedule": 0.5, "score": "magnitud"}, r"Prune\.score: got 'magnitud'; .*did you mean 'magnitude'\?"),
         ({"schedule": 0.5, "seed": -1}, r"Prune\.seed: got -1; a whole number of at least 0"),
         ({"schedule": 0.5, "pattern": "block"}, r"Prune\.block_size: got \(1, 1\) with pattern='block'; give a larger block"),

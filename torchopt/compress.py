@@ -92,8 +92,9 @@ def attach(
     origin = twin(ready)
     assigned = assign(ready, rules)
     refuse_weights(assigned)
+    coupled = pruning.couple(model, _prunes(assigned), example_inputs)
     ready = _attach_scales(ready, assigned, example_inputs, target)
-    skipped = _left_float(ready, assigned) + _attach(ready, assigned, found)
+    skipped = _left_float(ready, assigned) + _attach(ready, assigned, found, coupled)
     quantization.settle_scales(ready)
     quantization.round_for_readers(ready)
     state = State(rules, [a.weight.name for a in assigned], target, _signature(example_inputs), found, skipped, plan, origin)
@@ -209,7 +210,13 @@ def _left_float(model: nn.Module, assigned: Sequence[Assigned]) -> list[Skipped]
     return [Skipped(name=path, technique="quantize", reason=reason) for path, reason in reasons.items()]
 
 
-def _attach(model: nn.Module, assigned: Sequence[Assigned], found: Mapping[str, Left]) -> list[Skipped]:
+def _prunes(assigned: Sequence[Assigned]) -> dict[str, Prune]:
+    return {a.weight.module_name: a.rule.prune for a in assigned if a.rule.prune is not None}
+
+
+def _attach(
+    model: nn.Module, assigned: Sequence[Assigned], found: Mapping[str, Left], coupled: pruning.Coupled | None
+) -> list[Skipped]:
     """Put masks, then tables, on the weights that the rules ask for and on those where an earlier round left some."""
     by_name = {a.weight.name: a.rule for a in assigned}
     there = {weight.name: weight for weight in weights(model)}
@@ -222,13 +229,18 @@ def _attach(model: nn.Module, assigned: Sequence[Assigned], found: Mapping[str, 
         if weight is None:
             raise RuleError(f"prepare: {name} has no counterpart in the quantized model; leave it out of quantization")
         zeros, distinct = found.get(name, (0, 0))
-        if rule.prune or zeros:
-            masks.append((weight, rule.prune or Prune(schedule=ConstantSparsity(target_sparsity=0.0), include_depthwise=True)))
+        own = rule.prune is not None and rule.prune.scope != "coupled"
+        if own or (zeros and not (coupled is not None and name in coupled.tensors)):
+            kept = Prune(schedule=ConstantSparsity(target_sparsity=0.0), include_depthwise=True)
+            masks.append((weight, rule.prune if own and rule.prune else kept))
         if rule.cluster or distinct - bool(zeros) > 1:  # one value beside zero is no table
             tables.append((weight, rule.cluster or Cluster(n_clusters=max(2, distinct), include_depthwise=True)))
     skipped = _frozen(masks, "prune") + _frozen(tables, "cluster")
     masks, tables = _trainable(masks), _trainable(tables)
     skipped += pruning.attach(masks, preserve=bool(found)) if masks else []
+    if coupled is not None:
+        pruning.attach_coupled(model, coupled, preserve=bool(found))
+        skipped += coupled.skipped
     skipped += clustering.attach(tables, preserve=bool(found)) if tables else []
     return skipped
 

@@ -39,6 +39,7 @@ def shrink(
     ratio: float | Mapping[str, float] | None = None,
     max_macs: int | None = None,
     max_latency_ms: float | None = None,
+    masked: bool = False,
     importance: str = "magnitude",
     round_to: int | None = None,
     ignore: Sequence[str] = (),
@@ -47,7 +48,7 @@ def shrink(
     threads: int = 1,
     seed: int = 0,
 ) -> nn.Module:
-    """Return a copy of `model` with fewer channels, to exactly one of three goals.
+    """Return a copy of `model` with fewer channels, to exactly one of four goals.
 
     Args:
         model: the network; it is not touched. For importance "taylor", run backward on it first: its `.grad` are read, and weights
@@ -59,6 +60,7 @@ def shrink(
             channels shrink by the smallest fraction given for any of them.
         max_macs: multiply-adds of one forward call to stay below.
         max_latency_ms: milliseconds of one call in ONNX Runtime, float, on this machine, to stay below.
+        masked: remove exactly the channels that `Prune(pattern="channel", scope="coupled")` has masked; what the network computes stays.
         importance: how channels are ranked: "magnitude", "taylor", "lamp", "fpgm", "bn_scale" or "random".
         round_to: widths stay multiples of this; 8, or 16 for a latency goal.
         ignore: globs of modules whose output channels all stay.
@@ -85,7 +87,7 @@ def shrink(
         >>> shrink(net, (torch.zeros(1, 3, 8, 8),), ratio=0.5)[0].out_channels
         16
     """
-    _check(ratio, max_macs, max_latency_ms, round_to)
+    _check(ratio, max_macs, max_latency_ms, round_to, masked)
     if isinstance(ratio, Mapping) and (global_ranking or isomorphic):
         raise ConfigError(
             "shrink: ratio by layer with global_ranking or isomorphic, which rank layers together; give one or the other"
@@ -94,6 +96,8 @@ def shrink(
     multiple = round_to if round_to is not None else 16 if max_latency_ms is not None else 8
 
     cut = partial(channels.without, round_to=multiple, global_ranking=global_ranking, isomorphic=isomorphic)
+    if masked:
+        return channels.masked()
     if ratio is not None:
         return _to_ratio(channels, cut, ratio, multiple)
     if max_macs is not None:
@@ -103,12 +107,16 @@ def shrink(
 
 
 def _check(
-    ratio: float | Mapping[str, float] | None, max_macs: int | None, max_latency_ms: float | None, round_to: int | None
+    ratio: float | Mapping[str, float] | None,
+    max_macs: int | None,
+    max_latency_ms: float | None,
+    round_to: int | None,
+    masked: bool,
 ) -> None:
     goals = {"max_macs": max_macs, "max_latency_ms": max_latency_ms}
-    given = [name for name, value in {"ratio": ratio, **goals}.items() if value is not None]
+    given = [name for name, value in {"ratio": ratio, **goals, "masked": masked or None}.items() if value is not None]
     if len(given) != 1:
-        raise ConfigError(f"shrink: got {given or 'no goal'}; give exactly one of ratio, max_macs and max_latency_ms")
+        raise ConfigError(f"shrink: got {given or 'no goal'}; give exactly one of ratio, max_macs, max_latency_ms and masked")
     if isinstance(ratio, Mapping):
         if not ratio:
             raise ConfigError("shrink: ratio={}; at least one glob with its fraction is needed, such as {'layer3.*': 0.5}")

@@ -2,6 +2,7 @@
 
 from torchopt.prune.attach import attach, bake, mask_of
 from torchopt.prune.config import Prune
+from torchopt.prune.coupled import Coupled, attach_coupled, couple
 from torchopt.prune.intact import damaged
 from torchopt.prune.score import GATHERS
 from torchopt.prune.update import finish, gather, observes, unfinished, update
@@ -11,12 +12,15 @@ __all__ = [
     "GATHERS",
     "ConstantSparsity",
     "CosineDecay",
+    "Coupled",
     "MultiStep",
     "PolynomialDecay",
     "Prune",
     "Schedule",
     "attach",
+    "attach_coupled",
     "bake",
+    "couple",
     "damaged",
     "finish",
     "gather",

@@ -56,7 +56,7 @@ def attach(pairs: Sequence[Pair], *, preserve: bool) -> list[Skipped]:
     if skipped and not chosen:
         raise RuleError(f"prune: nothing is left to prune; {skipped[0].name} {skipped[0].reason}")
     for weight, config in chosen:
-        mask, floor = _first_mask(weight, preserve)
+        mask, floor = first_mask(weight, preserve)
         Mask(weight, config).install(weight.module, mask, floor=floor)
     return skipped
 
@@ -135,7 +135,7 @@ def in_axis(out_axis: int) -> int:
     return 1 - out_axis
 
 
-def _first_mask(weight: Weight, preserve: bool) -> tuple[torch.Tensor, bool]:
+def first_mask(weight: Weight, preserve: bool) -> tuple[torch.Tensor, bool]:
     """Return the mask to start with, and whether it holds zeros to keep; a weight of nothing but zeros was never pruned."""
     value = weight.trainable.detach()
     if preserve:

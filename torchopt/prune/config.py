@@ -17,7 +17,7 @@ from torchopt.schedule import ConstantSparsity, Schedule, check_sparsity
 
 PATTERNS = ("element", "block", "n:m", "channel")
 POOLINGS = ("AVG", "MAX")
-SCOPES = ("layer", "global")
+SCOPES = ("layer", "global", "coupled")
 SCORES = ("magnitude", "taylor", "movement", "wanda", "random")
 RUNTIMES = ("ort-x86", "ort-x86-avx2", "ort-arm", "ort-web")  # where element zeros run no faster than other weights
 
@@ -35,7 +35,9 @@ class Prune:
         n: how many of every `m` weights along the input channels are KEPT (NVIDIA's reading of n:m; TFMOT's `sparsity_m_by_n` and
             coremltools' `n_m_ratio` count the zeros instead: their (3, 5) is n=2, m=5 here).
         m: the size of a group of neighbours.
-        scope: "layer" ranks each weight tensor by itself; "global" ranks all tensors with this same configuration together.
+        scope: "layer" ranks each weight tensor by itself; "global" ranks all tensors with this same configuration together; "coupled",
+            for channels, masks what each channel lies on in all layers that share it, biases and norms too, so that
+            `shrink(model, inputs, masked=True)` removes exactly the masked channels. It needs `example_inputs`.
         min_keep: with "global", the fraction of each tensor that survives at least.
         score: "magnitude" |w|; "taylor" Σ|w·∂L/∂w| and "movement" -Σ w·∂L/∂w over the steps so far, or the samples given to
             `one_shot`; "wanda" |w|·‖x‖ with x the layer's inputs seen so far; "random".
@@ -59,7 +61,7 @@ class Prune:
     block_pooling: Literal["AVG", "MAX"] = "AVG"
     n: int | None = None
     m: int | None = None
-    scope: Literal["layer", "global"] = "layer"
+    scope: Literal["layer", "global", "coupled"] = "layer"
     min_keep: float = 0.0
     score: Literal["magnitude", "taylor", "movement", "wanda", "random"] = "magnitude"
     seed: int = 0
@@ -141,6 +143,10 @@ class Prune:
             raise ConfigError(
                 f"Prune.min_keep: got {self.min_keep}, which forbids a sparsity of {self.timing.final}; "
                 f"at most {1.0 - self.timing.final:.6g} is possible"
+            )
+        if self.scope == "coupled" and self.pattern != "channel":
+            raise ConfigError(
+                f"Prune.scope: got 'coupled' with pattern={self.pattern!r}; coupled channels need pattern='channel'"
             )
         if self.pattern == "n:m" and self.scope == "global":
             raise ConfigError(

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from torchopt.prune.attach import in_axis, installed
+from torchopt.prune.coupled import damaged_coupled
 from torchopt.prune.mask import Mask
 from torchopt.prune.pattern import conforms, pool
 from torchopt.prune.update import Placed, groups, how_many
@@ -38,7 +39,12 @@ def damaged(model: nn.Module, step: int) -> str | None:
         complaint = next(filter(None, (_not_a_mask(module, mask) for module, mask in group)), None) or _wrong_count(group, step)
         if complaint:
             return complaint
-    return None
+    coupled = [(module, mask) for module, mask in installed(model) if mask.couplings]
+    if not coupled:
+        return None
+    timing = coupled[0][1].config.timing
+    last = last_choice(timing, step)
+    return damaged_coupled(coupled, [timing.sparsity_at(last) if last else 0.0, timing.final])
 
 
 def last_choice(timing: Schedule, step: int) -> int:

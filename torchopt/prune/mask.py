@@ -19,6 +19,7 @@ gradient. Under torch.compile nothing is done in forward; `update` has masked th
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,18 +37,36 @@ from torchopt.weights import Weight, keeps_zeros
 FLOOR = "_floor"
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Coupling:
+    """Channels on one axis of a weight that are masked together with those of other weights (`coupled.py`).
+
+    Attributes:
+        key: of the group of channels.
+        dim: the axis.
+        indices: where each channel lies on it, int64 (channels, indices a channel).
+        votes: this weight has a say in which channels go.
+    """
+
+    key: int
+    dim: int
+    indices: torch.Tensor
+    votes: bool = True
+
+
 class Mask(BasePruningMethod):
     """The forward pre-hook that keeps one weight masked.
 
     Args:
         weight: the weight that it stands on.
         config: how its mask is chosen.
+        couplings: the groups of channels that it is masked with, for scope "coupled".
     """
 
     PRUNING_TYPE = "unstructured"
 
-    def __init__(self, weight: Weight, config: Prune) -> None:
-        self.config = config
+    def __init__(self, weight: Weight, config: Prune, couplings: tuple[Coupling, ...] = ()) -> None:
+        self.config, self.couplings = config, couplings
         self.weight_name, self.kind, self.out_axis = weight.name, weight.kind, weight.out_axis
         self._tensor_name = weight.param
         self.applied: tuple[int, int, int] | None = None  # which Parameter, at which version, was masked last

@@ -20,6 +20,7 @@ from torch import nn
 from torchopt.errors import ModelError
 from torchopt.prune.attach import in_axis, installed
 from torchopt.prune.config import Prune
+from torchopt.prune.coupled import decide
 from torchopt.prune.gathering import add_gradients, share_inputs
 from torchopt.prune.mask import Mask
 from torchopt.prune.pattern import largest_of_groups, pool, spread
@@ -56,8 +57,10 @@ def update(model: nn.Module, step: int) -> bool:
     placed = installed(model)
     add_gradients(placed)
     share_inputs(placed)
-    for group in groups([(module, mask) for module, mask in placed if mask.config.timing.fires(step)]):
+    firing = [(module, mask) for module, mask in placed if mask.config.timing.fires(step)]
+    for group in groups(firing):
         choose(group, group[0][1].config.timing.sparsity_at(step))
+    _choose_coupled([(module, mask) for module, mask in firing if mask.couplings], step)
     _multiply(placed)
     return bool(placed)
 
@@ -74,6 +77,7 @@ def finish(model: nn.Module) -> bool:
     share_inputs(placed)
     for group in groups(placed):
         choose(group, group[0][1].config.timing.final)
+    _choose_coupled([(module, mask) for module, mask in placed if mask.couplings])
     _multiply(placed)
     return bool(placed)
 
@@ -135,12 +139,25 @@ def choose(group: Sequence[Placed], sparsity: float) -> None:
         chosen = _ranked_units(ranked, [mask for _, mask in group], config, sparsity)
     if config.scope == "global" and sparsity >= config.timing.final:
         _warn_of_emptied(chosen, [mask.weight_name for _, mask in group], sparsity)
-    for new, (module, mask) in zip(chosen, group, strict=True):
+    _write(group, chosen)
+
+
+def _write(placed: Sequence[Placed], chosen: Sequence[torch.Tensor]) -> None:
+    for new, (module, mask) in zip(chosen, placed, strict=True):
         old = mask.mask(module)
         if mask.remembers(module):
             old &= new
         else:
             old.copy_(new)
+
+
+def _choose_coupled(placed: Sequence[Placed], step: int | None = None) -> None:
+    """New masks over coupled channels; all are chosen by one configuration."""
+    if not placed:
+        return
+    timing = placed[0][1].config.timing
+    values = {m.weight_name: _scores(module, m).values for module, m in placed if any(c.votes for c in m.couplings)}
+    _write(placed, decide(placed, values, timing.final if step is None else timing.sparsity_at(step)))
 
 
 def _warn_of_emptied(chosen: Sequence[torch.Tensor], names: Sequence[str], sparsity: float) -> None:
@@ -160,6 +177,8 @@ def groups(placed: Sequence[Placed]) -> list[list[Placed]]:
     together: dict[Prune, list[Placed]] = {}
     alone = []
     for module, mask in placed:
+        if mask.couplings:
+            continue  # `coupled.py` chooses these
         if mask.config.scope == "global":
             together.setdefault(mask.config, []).append((module, mask))
         else:

@@ -43,6 +43,10 @@ class Proof:
         model: the whole network.
         inputs: the arguments of one forward call.
 
+    Attributes:
+        masked: where given, a cut must equal the network itself, statistics and all, with what is zero in these parameters at zero; in a
+            parameter that is not among them, everything that goes.
+
     Raises:
         DataError: on these inputs the network shows nothing: every output is zero or NaN.
         ModelError: it returns no tensor.
@@ -53,6 +57,7 @@ class Proof:
         self.whole = _lively(model)
         self.inputs = _telling(self.whole, [given.mapped(_lively_input), given.mapped(_wide)])
         self.twice = self._for_training()
+        self.masked: Mapping[str, torch.Tensor] | None = None
 
     def problem(
         self,
@@ -72,8 +77,9 @@ class Proof:
         Returns:
             `("", place)`, or a sentence and -1.
         """
-        zeroed = copied(self.whole)
-        _zero(zeroed, removed)
+        zeroed, exact = copied(self.whole), self.masked is not None
+        statistics, trained = ((), ()) if exact else (statistics, trained)
+        _zero(zeroed, removed, self.masked)
         expected, _ = _answers(zeroed, self.inputs, statistics)
         in_training: list[torch.Tensor] | None = None
         problem = ""
@@ -85,7 +91,9 @@ class Proof:
             if not problem and self.twice is not None:
                 if in_training is None:
                     in_training, left = _answers(zeroed.train(), self.twice, trained)
-                    in_training = in_training if left == 0 else []  # other statistics than were followed: it can only be run
+                    in_training = (
+                        in_training if left == 0 or exact else []
+                    )  # other statistics than were followed: it can only be run
                 problem = _problem(small.train(), self.twice, in_training, LOOSE)
                 problem = problem and f"in training mode, {problem}"
             if not problem:
@@ -203,11 +211,19 @@ def _twice(x: Any) -> Any:
 
 
 @torch.no_grad()
-def _zero(model: nn.Module, removed: Removed) -> None:
-    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+def _zero(model: nn.Module, removed: Removed, masked: Mapping[str, torch.Tensor] | None) -> None:
+    parameters = dict(model.named_parameters())
+    tensors = parameters if masked is not None else parameters | dict(model.named_buffers())
     for (name, dim), indices in removed.items():
-        if name in tensors:
-            tensors[name].index_fill_(dim, torch.from_numpy(indices).to(tensors[name].device), 0.0)
+        if name not in tensors:
+            continue
+        tensor = tensors[name]
+        goes = torch.from_numpy(indices).to(tensor.device)
+        if masked is None or name not in masked:
+            tensor.index_fill_(dim, goes, 0.0)
+        else:
+            there = torch.zeros_like(tensor, dtype=torch.bool).index_fill_(dim, goes, True)
+            tensor.masked_fill_(there & (masked[name] == 0), 0.0)
 
 
 class _WithoutRemoved(TorchDispatchMode):

@@ -119,6 +119,29 @@ def _lamp(values: np.ndarray) -> np.ndarray:
     return result
 
 
+@torch.no_grad()
+def dead(model: nn.Module, group: Group) -> np.ndarray:
+    """Return which channels of a group are zero along a whole slice of a weight, bool (channels,); one is always left.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 1))
+        >>> net[0].weight.data = torch.tensor([[0.0], [3.0]])
+        >>> group = Group(axes={("0.weight", 0): np.array([[0], [1]])}, labels=np.array([0, 1]), layers=("0",), structure=())
+        >>> dead(net, group).tolist()
+        [True, False]
+    """
+    found = np.zeros(len(group), dtype=bool)
+    parameters = dict(model.named_parameters())
+    for (name, dim), indices in group.axes.items():
+        weight = parameters.get(name)
+        if weight is not None and weight.dim() > 1:
+            empty = (weight == 0).movedim(dim, 0).flatten(1).all(dim=1).cpu().numpy()
+            found |= empty[indices].all(axis=1)
+    if found.all():
+        found[-1] = False
+    return found
+
+
 def choose(
     groups: Sequence[Group],
     ranks: Sequence[np.ndarray],

@@ -33,7 +33,7 @@ NORMS = (nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase, nn.GroupNorm,
 WORDS = {
     "c", "ch", "chan", "channel", "channels", "chs", "dim", "dims", "embed", "feat", "features", "feats", "filters", "head", "heads",
     "hidden",
-    "inner", "intermediate", "nf", "nhead", "nheads", "nx", "planes", "units", "width", "widths", "model", "ffn",
+    "groups", "inner", "intermediate", "nf", "nhead", "nheads", "nx", "planes", "units", "width", "widths", "model", "ffn",
 }  # fmt: skip
 OTHER_WORDS = {
     "kernel",
