@@ -208,3 +208,70 @@ def test_the_values_of_a_tiny_layer_stay_few_through_later_training(mode):
         net = torchopt.finalize(ready)
     grids = torchopt.grid.grids(net)
     assert all(grids[f"{n}.weight"].codes(net.get_parameter(f"{n}.weight")).unique().numel() <= 8 for n in (0, 2))
+
+
+ALL = {"mask": MASK, "table": TABLE, "both": torchopt.Rule("*", prune=MASK.prune, cluster=TABLE.cluster)}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_weight_that_is_tied_after_prepare_is_refused(name):
+    """A mask stood beside the new Parameter, which trained and was never used: 0.38 between prepared and finalized."""
+    model = torchopt.prepare(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), [ALL[name]])
+
+    def tie():
+        model[1].weight = nn.Parameter(torch.ones(8, 8))
+        torchopt.step(model)
+
+    with pytest.raises(torchopt.StateError, match=r"after prepare.*tie or replace weights before"):
+        tie()
+
+
+@pytest.mark.parametrize("mode", ["static", "weight_only"])
+def test_a_model_in_training_that_is_converted_says_what_to_call(mode):
+    x = torch.randn(4, 8)
+    model = torchopt.prepare(network(), [torchopt.Rule("*", quantize=torchopt.Quantize(mode=mode))], (x,)).train()
+    model(x)
+    model.half()
+    use = (lambda: model(x.half())) if mode == "static" else (lambda: torchopt.finalize(model))
+    with pytest.raises(torchopt.StateError, match=r"the prepared model was converted.*call model\.float\(\)"):
+        use()
+    torchopt.finalize(model.float())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_an_empty_model_takes_a_state(name):
+    torch.manual_seed(0)
+    model, x = torchopt.prepare(network(), [ALL[name]]), torch.randn(4, 8)
+    torchopt.step(model)
+    empty = copy.deepcopy(model).to("meta").to_empty(device="cpu")
+    empty.load_state_dict(model.state_dict())
+    torch.testing.assert_close(empty(x), model(x), rtol=0, atol=0)
+    torchopt.finalize(empty)
+    with pytest.raises(torchopt.ModelError, match=r"0\.weight has no data \(device='meta'\)"):
+        torchopt.prepare(network().to("meta"), [ALL[name]])
+
+
+OPTIMIZERS = {"foreach": {"foreach": True}, "fused": {"fused": True}, "one by one": {"foreach": False}}
+
+
+def test_optimizers_of_every_make_train_alike_and_decay_moves_no_mask():
+    both, ends = ALL["both"], []
+    for options in OPTIMIZERS.values():
+        torch.manual_seed(0)
+        model = torchopt.prepare(network(), [both]).train()
+        decayed = [p for p in model.parameters() if p.dim() > 1]
+        others = [p for p in model.parameters() if p.dim() <= 1]
+        groups = [{"params": decayed, "weight_decay": 0.5}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=0.01, **options)
+        for _ in range(4):
+            optimizer.zero_grad()
+            backward(model)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            torchopt.step(model)
+        final = torchopt.finalize(model)
+        assert [int((final[n].weight == 0).sum()) for n in (0, 2)] == [64, 16]
+        assert [final[n].weight.unique().numel() for n in (0, 2)] == [4, 4]
+        ends.append(final[0].weight)
+    for other in ends[1:]:
+        torch.testing.assert_close(other, ends[0], rtol=1e-4, atol=1e-5)

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from torchopt.errors import StateError
+
 Getter = Callable[[nn.Module, str], torch.Tensor]
 SHOWN = "_torchopt_shown"  # of torch's class: {attribute: what computes it}
 COVERED = "_torchopt_covered"  # of a class that `cover` made: (the attribute, what computes it)
@@ -30,7 +32,23 @@ def show(module: nn.Module, name: str, getter: Getter) -> None:
     kind = type(module)
     module.__dict__.pop(name, None)
     setattr(kind, SHOWN, {**vars(kind).get(SHOWN, {}), name: getter})
-    setattr(kind, name, property(lambda self: getter(self, name)))
+    setattr(kind, name, property(lambda self: getter(self, name), _refuse(name)))
+
+
+def _refuse(name: str) -> Callable[[nn.Module, object], None]:
+    """What an assignment to a computed weight does.
+
+    Raises:
+        StateError: always; nothing that trains would change.
+    """
+
+    def assign(module: nn.Module, value: object) -> None:
+        raise StateError(
+            f"{type(module).__name__}.{name}: is computed from masks and tables, and cannot be assigned after prepare; tie or replace "
+            "weights before, or write into the Parameters of model.named_parameters()"
+        )
+
+    return assign
 
 
 def cover(module: nn.Module, name: str, getter: Getter) -> None:
@@ -98,6 +116,7 @@ def remade(kind: type[nn.Module], steps: list[tuple[Any, Any]]) -> nn.Module:
         can_be_pickled(module)
         for leaf in what:
             parametrize._inject_property(module, leaf)
+            cannot_be_assigned(module, leaf)
         for name, getter in how.items():
             show(module, name, getter)
     return module
@@ -106,6 +125,20 @@ def remade(kind: type[nn.Module], steps: list[tuple[Any, Any]]) -> nn.Module:
 def can_be_pickled(module: nn.Module) -> None:
     """Let pickle write a parametrized module, which torch refuses, in place."""
     type(module).__reduce_ex__ = reduced  # type: ignore[method-assign, assignment]
+
+
+def cannot_be_assigned(module: nn.Module, leaf: str) -> None:
+    """Let an assignment to a parametrized attribute be refused in one sentence, in place."""
+    kind = type(module)
+    setattr(kind, leaf, property(vars(kind)[leaf].fget, _refuse(leaf)))
+    kind.register_parameter = _register_parameter  # type: ignore[method-assign, assignment]
+
+
+def _register_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    """What torch calls for a Parameter that is assigned."""
+    if isinstance(getattr(type(module), name, None), property):
+        _refuse(name)(module, parameter)
+    nn.Module.register_parameter(module, name, parameter)
 
 
 def _twice(module: nn.Module, name: str) -> torch.Tensor:

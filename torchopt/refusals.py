@@ -34,6 +34,10 @@ def refuse_model(model: nn.Module) -> None:
         raise ModelError(f"prepare: the model is wrapped in {wrapper}; prepare model.{inner}, and wrap what prepare returns")
     refuse_sharded(model, "prepare")
     for name, tensor in model.named_parameters():
+        if tensor.is_meta:
+            raise ModelError(
+                f"prepare: {name} has no data (device='meta'); give model.to_empty(device='cpu') with its weights loaded"
+            )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"prepare: {name} holds NaN or infinity; a trained, finite model is needed")
     quantized = next(iter(grids(model)), None)

@@ -19,7 +19,7 @@ from torchopt.cluster.config import Cluster
 from torchopt.cluster.fit import tables
 from torchopt.cluster.shared import COUNT_EVERY, SharedWeights
 from torchopt.cluster.straight import grid_scale
-from torchopt.computed import SHOWN, can_be_pickled, show
+from torchopt.computed import SHOWN, can_be_pickled, cannot_be_assigned, show
 from torchopt.errors import ModelError, RuleError
 from torchopt.grid import set_grid
 from torchopt.weights import Skipped, Weight, is_pruned, keeps_zeros
@@ -199,6 +199,7 @@ def _register(weight: Weight, shared: SharedWeights) -> None:
     position = list(module._parameters).index(leaf)
     parametrize.register_parametrization(module, leaf, shared, unsafe=True)
     can_be_pickled(module)
+    cannot_be_assigned(module, leaf)
     module.parametrizations[leaf].__dict__[POSITION] = position  # type: ignore[index, union-attr]
     shared.train(module.training)
     if leaf != weight.param and not isinstance(module, nn.RNNBase | NonDynamicallyQuantizableLinear):

@@ -83,6 +83,11 @@ def _installed(model: nn.Module) -> Iterator[tuple[nn.Module, Mask]]:
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, Mask):
+                if hook._tensor_name in module._parameters:
+                    raise StateError(
+                        f"{hook.weight_name}: was assigned after prepare, beside the masked weight that trains; tie or replace weights "
+                        "before prepare"
+                    )
                 yield module, hook
             elif isinstance(hook, PruningContainer) and any(isinstance(method, Mask) for method in hook):
                 raise StateError(

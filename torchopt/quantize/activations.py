@@ -15,7 +15,7 @@ import torch.ao.quantization.fx._decomposed  # registers the quantized_decompose
 from torch import nn
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 
-from torchopt.errors import DataError
+from torchopt.errors import DataError, StateError
 from torchopt.quantize.kernels import Affine
 from torchopt.quantize.observers import make
 from torchopt.quantize.rounding import fake_quantize, in_memory_order
@@ -175,6 +175,11 @@ class ActivationQuantizer(FakeQuantizeBase):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Observe where asked, then round where asked; x of any shape, float."""
+        if self.scale.dtype != torch.float32:
+            raise StateError(
+                f"a quantizer's ranges are {self.scale.dtype}: the prepared model was converted, and integer grids are float32; call "
+                "model.float(), and train under torch.autocast where half precision is wanted"
+            )
         x = x.float()  # grids are float32, also under autocast
         if self.calibrating:
             self.observer.observe(in_memory_order(x.detach()))

@@ -75,6 +75,8 @@ class Tied:
 
 def _check_calibrated(model: nn.Module) -> None:
     for name, module in model.named_modules():
+        if isinstance(module, Fused | QuantizedRecurrent):
+            _check_precision(name, module)
         if not isinstance(module, ActivationQuantizer):
             continue
         low, high, scale = float(module.min_val), float(module.max_val), float(module.scale.detach())
@@ -89,6 +91,15 @@ def _check_calibrated(model: nn.Module) -> None:
                 "torchopt.calibrate(model, batches) first"
             )
         module.settle()
+
+
+def _check_precision(name: str, layer: nn.Module) -> None:
+    other = next((p.dtype for p in layer.parameters(recurse=False) if p.is_floating_point() and p.dtype != torch.float32), None)
+    if other is not None:
+        raise StateError(
+            f"finalize: {name} holds {other}: the prepared model was converted, and integer grids are float32; call model.float() first, "
+            "and train under torch.autocast where half precision is wanted"
+        )
 
 
 def _bake_activations(model: fx.GraphModule) -> None:
