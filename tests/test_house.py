@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "torchopt"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = [
-    {"errors", "files", "progress", "packing", "web", "strict", "located", "importing", "copies"},
+    {"errors", "files", "progress", "packing", "web", "strict", "located", "importing", "copies", "alone"},
     {
         "weights",
         "grid",
@@ -55,7 +55,7 @@ ROOMS = [
     {"models", "data", "train", "integrations"},
     {"recipe", "report"},
     {"run", "search"},
-    {"cli"},
+    {"cli", "terminal", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 BLIND_TO_ONE_ANOTHER = ROOMS[2]

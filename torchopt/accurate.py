@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from torchopt import quantize as quantization
+from torchopt.alone import alone
 from torchopt.batches import Batch, pieces
 from torchopt.compress import finalize
 from torchopt.errors import ConfigError, DataError, TargetError
@@ -75,6 +76,7 @@ def accurate(
     return tried[high]
 
 
+@alone()
 def _by_harm(whole: nn.Module, names: Sequence[str], batches: Sequence[Batch]) -> list[str]:
     """The weights, those first whose layers' rounding moves the outputs most.
 

@@ -15,11 +15,13 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from torchopt.batches import Batch, model_inputs
+from torchopt.alone import alone
+from torchopt.batches import Batch, each, model_inputs
 from torchopt.errors import DataError, ModelError
 from torchopt.surgery import evaluating
 
 
+@alone()
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch]) -> int:
     """Measure the running mean and variance of every batch norm anew on `batches`, in place.
 
@@ -94,7 +96,7 @@ def _run(model: nn.Module, norms: list[_BatchNorm], batches: Iterable[Batch]) ->
     for norm in norms:
         norm.train()
     empty = True
-    for batch in batches:
+    for batch in each(batches):
         args, kwargs = model_inputs(model, batch)
         model(*args, **kwargs)
         empty = False

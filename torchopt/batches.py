@@ -7,7 +7,7 @@ as its `forward` takes positional arguments without a default; what is left over
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,47 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torchopt.errors import DataError
 
 Batch = torch.Tensor | Sequence[Any] | Mapping[str, Any]
+
+
+def each(batches: Iterable[Batch]) -> Iterable[Batch]:
+    """Return what to iterate over: several batches as they are; a single tensor, or a single dict, as one batch.
+
+    Iterating over a tensor would give its rows, and over a dict its keys.
+
+    Raises:
+        DataError: it cannot be iterated over.
+
+    Example:
+        >>> [batch.shape for batch in each(torch.zeros(4, 3))]
+        [torch.Size([4, 3])]
+    """
+    if isinstance(batches, torch.Tensor | Mapping):
+        return [batches]
+    if isinstance(batches, str) or not isinstance(batches, Iterable) or hasattr(batches, "__array__"):
+        raise DataError(f"batches: got {type(batches).__name__}; batches of tensors, such as a DataLoader or [x], are needed")
+    return batches
+
+
+def arguments(example_inputs: Any) -> tuple[Any, ...] | None:
+    """Return example inputs as the tuple of one call's arguments: a single tensor is a call of one.
+
+    Raises:
+        DataError: they are neither.
+
+    Example:
+        >>> len(arguments(torch.zeros(4, 3)))
+        1
+    """
+    if example_inputs is None or isinstance(example_inputs, torch.Tensor):
+        return None if example_inputs is None else (ordinary(example_inputs),)
+    if not isinstance(example_inputs, Sequence) or isinstance(example_inputs, str):
+        raise DataError(f"example_inputs: got {type(example_inputs).__name__}; a tuple with one call's arguments is needed, (x,)")
+    return tuple(ordinary(list(example_inputs)))
+
+
+def ordinary(value: Any) -> Any:
+    """Return a structure with each tensor that was made in inference mode copied to one that may be differentiated."""
+    return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x, value)
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -38,6 +79,7 @@ def model_inputs(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[
         >>> len(args), kwargs
         (1, {})
     """
+    batch = ordinary(batch)
     if isinstance(batch, torch.Tensor):
         return (batch,), {}
     if isinstance(batch, Mapping):

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import fx, nn
 
+from torchopt.alone import alone
 from torchopt.compress import attach
 from torchopt.copies import copied
 from torchopt.errors import ConfigError, FileError, StateError, TorchoptError
@@ -74,6 +75,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         save_file(tensors, temporary, metadata={"torchopt": json.dumps(header)})
 
 
+@alone()
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
     """Return the model that `save` wrote, rebuilt over a copy of a freshly built network.
 

@@ -21,7 +21,8 @@ from torch import nn
 from torchopt import cluster as clustering
 from torchopt import prune as pruning
 from torchopt import quantize as quantization
-from torchopt.batches import Batch
+from torchopt.alone import alone
+from torchopt.batches import Batch, arguments, each
 from torchopt.cluster import Cluster
 from torchopt.copies import copied, twin
 from torchopt.earlier import Left, left_behind
@@ -36,6 +37,7 @@ from torchopt.state import ATTRIBUTE, State, require_state, require_states
 from torchopt.weights import Skipped, Weight, custom_weights, find_weight, weights
 
 
+@alone()
 def prepare(
     model: nn.Module,
     rules: Sequence[Rule],
@@ -67,7 +69,7 @@ def prepare(
         0.5
     """
     refuse_model(model)
-    rules = checked(rules)
+    rules, example_inputs = checked(rules), arguments(example_inputs)
     found = left_behind(weights(model) + custom_weights(model)) if preserve else {}
 
     def quantized(trial: Sequence[Rule]) -> nn.Module:
@@ -139,6 +141,7 @@ def advance(prepared: nn.Module, state: State) -> int:
     return number
 
 
+@alone()
 def calibrate(model: nn.Module, batches: Iterable[Batch], *, progress: bool = True) -> nn.Module:
     """Run data through the observers of a prepared model, in place: post-training quantization, or a start for training.
 
@@ -155,11 +158,12 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], *, progress: bool = Tr
         DataError: no batch, or NaN in one.
     """
     prepared, state = require_state(model, "calibrate")
-    quantization.calibrate(prepared, batches, origin=state.origin.network, progress=progress)
+    quantization.calibrate(prepared, each(batches), origin=state.origin.network, progress=progress)
     state.origin.network = None
     return model
 
 
+@alone()
 def finalize(model: nn.Module, *, unfinished: bool = False) -> nn.Module:
     """Bake masks, tables and scales into ordinary weights and return a plain model; the trainable one stays usable.
 

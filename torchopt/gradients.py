@@ -105,4 +105,4 @@ def random_projection(outputs: Any, generator: torch.Generator) -> torch.Tensor 
     answers = [y for y in tree_leaves(outputs) if isinstance(y, torch.Tensor) and y.requires_grad]
     if not answers:
         return None
-    return torch.stack([(y * torch.randn(y.shape, generator=generator).to(y)).sum() for y in answers]).sum()
+    return torch.stack([(y * torch.randn(y.shape, generator=generator, dtype=torch.float32).to(y)).sum() for y in answers]).sum()

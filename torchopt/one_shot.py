@@ -14,8 +14,9 @@ from torchopt import cluster as clustering
 from torchopt import prune as pruning
 from torchopt import quantize as quantization
 from torchopt.accurate import Evaluate, accurate
+from torchopt.alone import alone
 from torchopt.batch_norm import reestimate_batch_norm
-from torchopt.batches import Batch, model_inputs
+from torchopt.batches import Batch, arguments, each, model_inputs
 from torchopt.compress import calibrate, finalize, prepare
 from torchopt.copies import copied
 from torchopt.errors import ConfigError
@@ -79,6 +80,7 @@ def one_shot(
     """
     rules, plain = [rules] if isinstance(rules, Rule) else list(rules), _unfrozen(model)
     refuse_model(plain)
+    batches, example_inputs = None if batches is None else each(batches), arguments(example_inputs)
     asked = _by_gradients(plain, rules, batches, loss)
     data = list(batches) if batches is not None and evaluate is not None else batches  # which is read again for each trial
     ready = partial(_ready, plain, data, asked, loss, example_inputs, reestimate=reestimate, target=target, progress=progress)
@@ -87,6 +89,7 @@ def one_shot(
     return finalize(ready(rules), unfinished=True)  # `finish` has set the final sparsity, ahead of every schedule
 
 
+@alone()
 def _ready(
     plain: nn.Module,
     batches: Iterable[Batch] | None,
@@ -115,6 +118,7 @@ def _ready(
     return ready
 
 
+@alone()
 def _unfrozen(model: nn.Module) -> nn.Module:
     """A copy whose weights may all change: freezing is about training, and nothing trains in one shot."""
     return copied(model).requires_grad_(True)

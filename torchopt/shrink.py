@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from torchopt.alone import alone
 from torchopt.errors import ConfigError, ModelError, TargetError
 from torchopt.export import export
 from torchopt.prune.channels import Arguments, Channels, Examples, count_macs
@@ -31,6 +32,7 @@ REPEATS = 15  # bursts of each network; doubled while it is not clear on which s
 MOST_REPEATS = 120
 
 
+@alone()
 @random_state_kept()
 def shrink(
     model: nn.Module,

@@ -43,7 +43,7 @@ class Cells:
 
     def of_(self, place: Tensor, weight: Tensor) -> Tensor:
         """The cells of `weight` (n,) float32, as int32 in the memory of `place` (n,) float32."""
-        torch.add(torch.tensor(MAGIC + self.offset), weight, alpha=self.scale, out=place)
+        torch.add(torch.tensor(MAGIC + self.offset, dtype=torch.float32), weight, alpha=self.scale, out=place)
         return place.clamp_(MAGIC, MAGIC + self.count - 1).view(torch.int32).bitwise_and_(self.count - 1)
 
     def middles(self) -> Tensor:

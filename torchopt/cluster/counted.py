@@ -35,7 +35,7 @@ class Counted:
     def __init__(self, x: Array, weight: Array | None, cells: Cells) -> None:
         self.x, self.weight, self.cells = x, weight, cells
         self.place = torch.empty(len(x), dtype=torch.int32)
-        values, room = torch.from_numpy(x), torch.empty(SERIAL)
+        values, room = torch.from_numpy(x), torch.empty(SERIAL, dtype=torch.float32)
         for start in range(0, len(x), SERIAL):
             part = slice(start, start + SERIAL)
             self.place[part] = cells.of_(room[: len(values[part])], values[part])

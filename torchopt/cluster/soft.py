@@ -38,7 +38,7 @@ def soft_values(shared: SharedWeights, original: Tensor) -> Tensor:
     weight = shared.grouped(original.detach())
     low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
     width = ((high - low) / PLACES).clamp(min=torch.finfo(torch.float32).tiny)
-    middle = low + width * (torch.arange(PLACES, device=weight.device) + 0.5)  # (groups, PLACES)
+    middle = low + width * (torch.arange(PLACES, dtype=torch.float32, device=weight.device) + 0.5)  # (groups, PLACES)
     tabulated = soft_table(middle, table, shared.temperature)
     bins = ((weight - low) / width).clamp_(0, PLACES - 1).to(torch.int16)
     return _Soft.apply(original, tabulated, bins, shared)  # type: ignore[no-any-return, no-untyped-call]
@@ -86,7 +86,7 @@ class _SoftByCells(torch.autograd.Function):
             scratch(block_of(original.numel()), dtype=torch.float32),
         )
         rows, whole = torch.get_num_threads(), whole_blocks(len(weight))
-        total = torch.zeros(rows, PLACES)
+        total = torch.zeros(rows, PLACES, dtype=torch.float32)
         for part in blocks(whole):
             index = ctx.cells.of_(buffer[: part.stop - part.start], weight[part])
             total.scatter_add_(1, index.view(rows, -1), flat[part].view(rows, -1))

@@ -21,6 +21,7 @@ import onnx_ir as ir
 import onnxruntime
 from torch import nn
 
+from torchopt.alone import alone
 from torchopt.errors import ConfigError, ModelError, nearest
 from torchopt.export.graph import to_onnx
 from torchopt.export.pack import pack_model
@@ -88,6 +89,7 @@ class ExportResult:
         return f"{self.path}: {self.size_bytes:,} bytes{packed}; opset {self.opset}, for {self.target}"
 
 
+@alone()
 def export(
     model: nn.Module,
     example_inputs: tuple[Any, ...],

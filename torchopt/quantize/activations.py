@@ -84,17 +84,18 @@ class ActivationQuantizer(FakeQuantizeBase):
         self.by_output = observer == "auto" and fixed_range is None
         self.fixed = fixed_range is not None
         self.calibrating = False
-        self.register_buffer("min_val", torch.tensor(torch.inf))
-        self.register_buffer("max_val", torch.tensor(-torch.inf))
+        self.register_buffer("min_val", torch.tensor(torch.inf, dtype=torch.float32))
+        self.register_buffer("max_val", torch.tensor(-torch.inf, dtype=torch.float32))
         self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
         self._hold_scale()
         self._mirror()
         if fixed_range is not None:
-            self.set_range(torch.tensor(float(fixed_range[0])), torch.tensor(float(fixed_range[1])))
+            low, high = (torch.tensor(float(end), dtype=torch.float32) for end in fixed_range)
+            self.set_range(low, high)
             self.disable_observer()
 
     def _hold_scale(self) -> None:
-        self.register_buffer("scale", torch.ones(1))
+        self.register_buffer("scale", torch.ones(1, dtype=torch.float32))
 
     @property
     def calibrated(self) -> bool:

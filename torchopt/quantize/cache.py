@@ -90,7 +90,7 @@ def load_ranges(model: nn.Module, path: str | os.PathLike[str]) -> None:
             )
     for name, quantizer in quantizers.items():
         low, high, _ = ranges[name]
-        quantizer.set_range(torch.tensor(low), torch.tensor(high))
+        quantizer.set_range(torch.tensor(low, dtype=torch.float32), torch.tensor(high, dtype=torch.float32))
 
 
 def _quantizers(model: nn.Module, verb: str) -> dict[str, ActivationQuantizer]:

@@ -57,8 +57,8 @@ class LearnedQuantizer(ActivationQuantizer):
     learn = True
 
     def _hold_scale(self) -> None:
-        self.register_buffer("start", torch.ones(1))
-        self.growth = nn.Parameter(torch.zeros(1))
+        self.register_buffer("start", torch.ones(1, dtype=torch.float32))
+        self.growth = nn.Parameter(torch.zeros(1, dtype=torch.float32))
 
     @property
     def scale(self) -> torch.Tensor:  # type: ignore[override]

@@ -102,9 +102,11 @@ class Fused(nn.Module):
         self.register_buffer(ONE_SCALE, torch.zeros(1, dtype=torch.uint8, device=device))
         self.frozen = False
         chosen = not config.learn_scale and (bits <= LOW_BITS or config.rounding != "nearest")
-        self.register_buffer("reach", torch.ones(self.weight.shape[self.out_axis], device=device) if chosen else None)
+        self.register_buffer(
+            "reach", torch.ones(self.weight.shape[self.out_axis], dtype=torch.float32, device=device) if chosen else None
+        )
         channels = self.weight.shape[1] * self.groups if self.out_axis else len(self.weight)
-        self.register_buffer("shift", torch.zeros(channels, device=device) if config.corrects_bias else None)
+        self.register_buffer("shift", torch.zeros(channels, dtype=torch.float32, device=device) if config.corrects_bias else None)
         if config.learn_scale:
             start = lsq_start(self.weight, self.qmax, self.out_axis if config.per_channel else None)
             self.register_buffer("weight_scale_start", start)
@@ -181,7 +183,7 @@ class Fused(nn.Module):
             factor, shift = batch_norm_affine(self.bn)  # type: ignore[arg-type]
             bias = shift if bias is None else bias * factor + shift
             final = (scale * factor).abs().clamp(min=SMALLEST_SCALE)
-            sign = along(torch.where(factor < 0, -1.0, 1.0), w.dim(), self.out_axis)
+            sign = along(torch.where(factor < 0, -1.0, 1.0).to(w.dtype), w.dim(), self.out_axis)
         if self.shifts:
             assert self.shift is not None
             bias = self.shift if bias is None else bias + self.shift

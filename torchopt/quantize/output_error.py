@@ -70,7 +70,7 @@ def _chosen(
     for quantizer, histogram in seen.items():
         if not histogram.empty and bool(torch.isfinite(histogram.counts).all()):
             low, high = mse_range(histogram, quantizer.quant_max - quantizer.quant_min)
-            found[quantizer] = torch.tensor(low), torch.tensor(high)
+            found[quantizer] = torch.tensor(low, dtype=torch.float32), torch.tensor(high, dtype=torch.float32)
     return found
 
 

@@ -16,6 +16,7 @@ import contextlib
 import copy
 import inspect
 import operator
+import threading
 import traceback
 import types
 from collections.abc import Iterator
@@ -80,6 +81,9 @@ class Tracer(QuantizationTracer):
 
     def __init__(self, leaves: list[str], example_inputs: tuple[Any, ...]) -> None:
         super().__init__(leaves, [])
+        self.thread = (
+            threading.get_ident()
+        )  # torch.fx replaces the call of every module, in all threads; the others are not traced
         self.inside: list[str] = []
         self.looking = False  # while an example is computed, modules and parameters are themselves
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -93,7 +97,7 @@ class Tracer(QuantizationTracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """Trace into `m`, and remember it while an error may come from it."""
-        if self.looking:
+        if self.looking or threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
         self.inside.append(self.path_of_module(m))
         result = super().call_module(m, forward, args, kwargs)
@@ -102,7 +106,8 @@ class Tracer(QuantizationTracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """What an attribute of a module is: a parameter is a node of the graph."""
-        return attr_val if self.looking else super().getattr(attr, attr_val, parameter_proxy_cache)
+        apart = self.looking or threading.get_ident() != self.thread
+        return attr_val if apart else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
         """Follow a function that was only marked as a leaf."""

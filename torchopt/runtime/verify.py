@@ -12,7 +12,8 @@ import onnxruntime
 import torch
 from torch import nn
 
-from torchopt.batches import Batch, model_inputs
+from torchopt.alone import alone
+from torchopt.batches import Batch, each, model_inputs
 from torchopt.errors import DataError
 from torchopt.export.pack import decode_initializers
 from torchopt.progress import track
@@ -94,6 +95,7 @@ class Verdict:
         return f"; of {self.layers_compared} layers {first}"
 
 
+@alone()
 def verify(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -121,7 +123,7 @@ def verify(
     compared, different = compare_weights(model, path)
     opened = session(path)
     first: list[Batch] = []
-    kept = _keep_first(track(batches, "verify", enabled=progress), first)
+    kept = _keep_first(track(each(batches), "verify", enabled=progress), first)
     with evaluating(model), torch.no_grad():
         outputs, agreeing, samples = _compared(model, opened, kept, str(path))
     if not outputs:

@@ -7,4 +7,5 @@ from torchopt.train.config import Distill as Distill
 from torchopt.train.config import Train as Train
 from torchopt.train.evaluate import accuracy as accuracy
 from torchopt.train.loop import Epoch as Epoch
+from torchopt.train.loop import device_of as device_of
 from torchopt.train.loop import train as train

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torchopt.data import Dataset, epoch_order, generator
 from torchopt.errors import ConfigError, ModelError
 from torchopt.progress import track
+from torchopt.randomness import random_state_kept
 from torchopt.train.across import across_ranks, mean_over_ranks
 from torchopt.train.config import Distill, Train
 from torchopt.train.evaluate import accuracy
@@ -39,6 +40,7 @@ class Epoch:
     accuracy: float
 
 
+@random_state_kept()
 def train(
     model: nn.Module,
     data: Dataset,
@@ -82,7 +84,7 @@ def train(
         >>> train(net, Digits().load(), Train(epochs=3, optimizer=Adam(lr=0.01)))[-1].accuracy > 0.9
         True
     """
-    device = _device(config)
+    device = device_of(config)
     model.to(device)
     teacher = _teacher(config, teacher, device)
     optimizer = config.optimizer.build(p for p in model.parameters() if p.requires_grad)
@@ -212,7 +214,12 @@ def _set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def _device(config: Train) -> torch.device:
+def device_of(config: Train) -> torch.device:
+    """Return the device that a training runs on.
+
+    Raises:
+        ConfigError: it asks for CUDA, and there is none.
+    """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("Train.device: is 'cuda', but torch finds no such device; 'cpu' or 'auto' works here")
     if config.device != "cpu" and torch.cuda.is_available():

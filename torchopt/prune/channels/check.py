@@ -180,7 +180,7 @@ def _lively(model: nn.Module) -> nn.Module:
     for name, tensor in twin.named_parameters():
         if tensor.numel() == 0 or not tensor.is_floating_point() or float(tensor.abs().max()) >= TINY:
             continue
-        noise = torch.randn(tensor.shape, generator=generator)
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
         if tensor.numel() > max(tensor.shape, default=1):
             value = noise / (tensor[0].numel() ** 0.5)
         else:
@@ -194,7 +194,7 @@ def _lively_input(x: Any) -> Any:
     if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.numel() < 2:
         return x
     if bool((x == x.flatten()[0]).all()):
-        x = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+        x = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(x)
     return _wide(x)
 
 

@@ -77,7 +77,7 @@ def polish(problem: Problem, data: Columns, codes: torch.Tensor) -> torch.Tensor
     codes, count = codes.clone(), data.x.shape[1]
     h = data.x.transpose(1, 2) @ data.x / count  # (groups, weights, weights)
     ridge = RIDGE * h.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    h = h + ridge * torch.eye(h.shape[1], device=h.device)
+    h = h + ridge * torch.eye(h.shape[1], dtype=h.dtype, device=h.device)
     g = (problem.output(data.x, codes) - data.y).transpose(1, 2) @ data.x / count  # (groups, channels, weights)
     g = g + ridge * problem.step * (codes - problem.ratio)
     floor, kept = problem.ratio.floor().clamp(-problem.qmax, problem.qmax), problem.ratio == 0
@@ -98,8 +98,8 @@ def polish(problem: Problem, data: Columns, codes: torch.Tensor) -> torch.Tensor
 def _problem(layer: Fused, weight: torch.Tensor, scale: torch.Tensor) -> Problem:
     groups = getattr(layer, "groups", 1)
     channels = len(weight)
-    factor = torch.ones(channels, device=weight.device)
-    shift = torch.zeros(channels, device=weight.device) if layer.bias is None else layer.bias.detach()
+    factor = torch.ones(channels, dtype=torch.float32, device=weight.device)
+    shift = torch.zeros(channels, dtype=torch.float32, device=weight.device) if layer.bias is None else layer.bias.detach()
     if layer.bn is not None:
         factor, constant = (t.detach() for t in batch_norm_affine(layer.bn))  # type: ignore[arg-type]
         shift = shift * factor + constant

@@ -48,7 +48,7 @@ def mean_shift(visit: Visit) -> torch.Tensor:
     layer.act = act
     wanted = torch.cat([_rows(y, layer.channel_axis, every) for y in visit.floats])
     kept = wanted if act is None else act(wanted.clone())
-    shift = torch.zeros(before.shape[1], device=before.device)
+    shift = torch.zeros(before.shape[1], dtype=torch.float32, device=before.device)
     most = torch.full_like(shift, torch.inf)
     for _ in range(ROUNDS):
         moved = before + shift

@@ -50,7 +50,7 @@ def columns(layer: Fused, inputs: Sequence[torch.Tensor], outputs: Sequence[torc
 
 def gram(layer: Fused, inputs: Sequence[torch.Tensor], count: int, seed: int) -> torch.Tensor:
     """Return E[xᵀx] over about `count` sampled positions, float32 (groups, weights, weights); arguments as for `columns`."""
-    total, seen = torch.zeros((), device=layer.weight.device), 0
+    total, seen = torch.zeros((), dtype=torch.float32, device=layer.weight.device), 0
     for read, _ in _sampled(layer, inputs, count, torch.Generator().manual_seed(seed)):
         x = _by_group(layer, read)
         total, seen = total + x.transpose(1, 2) @ x, seen + x.shape[1]

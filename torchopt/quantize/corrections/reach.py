@@ -12,7 +12,7 @@ from torchopt.quantize.modules import Fused
 from torchopt.quantize.weight_grid import along, weight_scale
 from torchopt.weights import Weight
 
-FRACTIONS = torch.linspace(0.3, 1.0, 71)
+FRACTIONS = torch.linspace(0.3, 1.0, 71, dtype=torch.float32)
 
 
 @torch.no_grad()

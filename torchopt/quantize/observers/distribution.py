@@ -27,10 +27,10 @@ class Distribution(Observer):
     def range(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the range chosen; infinite where nothing was seen."""
         if self.histogram.empty or bool(self.histogram.low.isnan()):
-            return torch.tensor(torch.inf), torch.tensor(-torch.inf)
+            return torch.tensor(torch.inf, dtype=torch.float32), torch.tensor(-torch.inf, dtype=torch.float32)
         device = self.histogram.low.device
         low, high = self.choose()
-        return torch.tensor(low, device=device), torch.tensor(high, device=device)
+        return torch.tensor(low, dtype=torch.float32, device=device), torch.tensor(high, dtype=torch.float32, device=device)
 
     def choose(self) -> Range:
         """Return (low, high)."""

@@ -41,8 +41,8 @@ class StreamingHistogram(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("counts", torch.zeros(BINS, dtype=torch.float64))
-        self.register_buffer("low", torch.tensor(0.0))
-        self.register_buffer("high", torch.tensor(0.0))
+        self.register_buffer("low", torch.tensor(0.0, dtype=torch.float32))
+        self.register_buffer("high", torch.tensor(0.0, dtype=torch.float32))
         self.register_buffer("exponent", torch.zeros((), dtype=torch.int64))
         self.register_buffer("first", torch.zeros((), dtype=torch.int64))
 

@@ -49,8 +49,8 @@ class MinMax(Observer):
 
     def __init__(self, *, persistent: bool = True) -> None:
         super().__init__()
-        self.register_buffer("low", torch.tensor(torch.inf), persistent=persistent)
-        self.register_buffer("high", torch.tensor(-torch.inf), persistent=persistent)
+        self.register_buffer("low", torch.tensor(torch.inf, dtype=torch.float32), persistent=persistent)
+        self.register_buffer("high", torch.tensor(-torch.inf, dtype=torch.float32), persistent=persistent)
 
     def observe(self, x: torch.Tensor) -> None:
         """Widen the range to hold `x`."""
