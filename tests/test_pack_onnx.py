@@ -56,7 +56,8 @@ def test_decode_initializers_multiplies_by_the_scale(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("opset", "message"), [(6, "6, and ONNX Runtime runs 7 and newer; export it again"), (30, "30; convert it to one of 12 to [0-9]+")]
+    ("opset", "message"),
+    [(6, "6, and ONNX Runtime runs 7 and newer; export it again"), (30, "30; convert it to one of 12 to [0-9]+")],
 )
 def test_opsets_that_cannot_decode_are_refused(tmp_path, opset, message):
     write(tmp_path / "a.onnx", weight(0.8, 16), opset=opset)

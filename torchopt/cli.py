@@ -1,13 +1,13 @@
-"""The command line: each command reads its arguments, calls the library once, and prints the result.
+"""The command line: each command reads its arguments, calls the library once, and prints the result (`terminal.py`).
 
-Exit code 0: done. 2: a user's mistake, one line on stderr. 1: a defect, with its traceback. What a command prints as a table it
-prints as JSON with `--json`. Imports that take long stand inside the commands, so that `--help` answers at once.
+Exit code 0: done. 2: a user's mistake, one line on stderr. 1: a defect, with its traceback. 130, 143: stopped by a signal. What a
+command prints as a table it prints as JSON with `--json`. Imports that take long stand inside the commands, for a fast `--help`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from torchopt.errors import ConfigError, TorchoptError
+from torchopt.errors import ConfigError, FileError, TorchoptError
+from torchopt.files import check_place
+from torchopt.importing import in_users_code
+from torchopt.terminal import Stopped, complain, plain, reason_of, say, show, table, take_any_encoding, take_signals, tidy_output
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,13 +27,8 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON inste
 settings = click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a value of the recipe; repeatable.")
 targets = click.option("--target", default="ort-x86", show_default=True, help="The runtime aimed at.")
 input_shape = click.option("--input-shape", required=True, metavar="C,H,W", help="Shape of one input, without the batch.")
-run_inputs = click.option(
-    "--input",
-    "inputs",
-    multiple=True,
-    metavar="NAME:SIZES[:DTYPE]",
-    help="What a file runs on: x:1,3,320,320; once for each input.",
-)
+sizes = "What a file runs on: x:1,3,320,320; once for each input."
+run_inputs = click.option("--input", "inputs", multiple=True, metavar="NAME:SIZES[:DTYPE]", help=sizes)
 weights_file = click.option("--weights", metavar="FILE", help="A state_dict (.pt, .pth, .safetensors) to load first.")
 
 
@@ -45,9 +43,10 @@ def app() -> None:
 @click.option("--out", required=True, metavar="DIR", help="Folder for the models and the report.")
 @click.option("--resume", is_flag=True, help="Go on with the run that lies in DIR.")
 @click.option("--overwrite", is_flag=True, help="Remove the run that lies in DIR and start again.")
+@click.option("--unfinished", is_flag=True, help="Run also where training ends before a schedule does: a trial.")
 @settings
 @as_json
-def run(recipe: str, out: str, resume: bool, overwrite: bool, settings: Sequence[str], as_json: bool) -> None:
+def run(recipe: str, out: str, resume: bool, overwrite: bool, unfinished: bool, settings: Sequence[str], as_json: bool) -> None:
     """Carry out RECIPE: train, compress, export, check, time, report."""
     from torchopt.recipe import load
     from torchopt.report import summary_table
@@ -55,7 +54,10 @@ def run(recipe: str, out: str, resume: bool, overwrite: bool, settings: Sequence
 
     if resume and overwrite:
         raise ConfigError("--resume: cannot be used with --overwrite; give one of the two")
-    report = run(load(recipe, settings), out, resume=resume, overwrite=overwrite)
+    _named_place("--out", out)
+    report = run(load(recipe, settings), out, resume=resume, overwrite=overwrite, unfinished=unfinished)
+    if report.get("data"):
+        complain(report["data"])
     if report:  # empty on the ranks that do not write
         show(report, summary_table(report), as_json)
 
@@ -88,9 +90,14 @@ def export(
     """Write an ONNX file from SOURCE: the folder of a finished run, or module:function."""
     from torchopt.export import export
 
-    model, example = _finished(source) if ":" not in source else _built(source, weights, _needed_shape(input_shape))
+    _named_place("--out", out)
+    built = re.fullmatch(r"[\w.]+:[\w.]+", source) is not None and not Path(source).is_dir()
+    if built:
+        check_place(out)
+    model, example = _built(source, weights, _needed_shape(input_shape)) if built else _finished(source)
     packing = {"auto": "auto", "yes": True, "no": False}[pack]
-    result = export(model, (example,), out, target=target, dynamic_batch=not static_batch, pack=packing)  # type: ignore[arg-type]
+    with in_users_code("export"):
+        result = export(model, (example,), out, target=target, dynamic_batch=not static_batch, pack=packing)  # type: ignore[arg-type]
     show(plain(result), str(result), as_json)
 
 
@@ -115,7 +122,7 @@ def unpack(source: str, destination: str) -> None:
     from torchopt.export import unpack
 
     unpack(source, destination)
-    click.echo(f"{destination}: {Path(destination).stat().st_size:,} bytes")
+    say(f"{destination}: {Path(destination).stat().st_size:,} bytes")
 
 
 @app.command()
@@ -146,7 +153,8 @@ def bench(models: Sequence[str], threads: int, repeats: int, inputs: Sequence[st
 @app.command()
 @click.argument("model")
 @click.option("--data", required=True, metavar="DIR", help="Folder of pictures, or a .npy file of inputs (N, C, H, W).")
-@click.option("--out", default="model.onnx", show_default=True, metavar="FILE", help="The ONNX file to write.")
+@click.option("--out", metavar="FILE", help="The ONNX file to write; model.onnx where none is there yet.")
+@click.option("--overwrite", is_flag=True, help="Write over model.onnx where --out names no other file.")
 @input_shape
 @weights_file
 @click.option("--samples", default=256, show_default=True, type=click.IntRange(1), help="Inputs to calibrate with.")
@@ -157,7 +165,8 @@ def bench(models: Sequence[str], threads: int, repeats: int, inputs: Sequence[st
 def quantize(
     model: str,
     data: str,
-    out: str,
+    out: str | None,
+    overwrite: bool,
     input_shape: str,
     weights: str | None,
     samples: int,
@@ -175,12 +184,19 @@ def quantize(
     from torchopt.runtime import verify
 
     shape = _needed_shape(input_shape)
+    if out is None:
+        out = "model.onnx"
+        if Path(out).exists() and not overwrite:
+            raise FileError(f"{out}: is there already; --out FILE names another, --overwrite writes over it")
+    _named_place("--out", out, data, weights)
     rules = [Rule("*", quantize=Quantize(weight_bits=bits, observer=observer))]
     network, example = _built(model, weights, shape)
+    check_place(out)
     inputs = read_inputs(data, size=shape, samples=samples)
-    final = one_shot(network, rules, inputs.split(32), example_inputs=(example,), target=target)
-    result = export(final, (example,), out, target=target)
-    verdict = verify(final, out, inputs.split(32))
+    with in_users_code("quantize"):
+        final = one_shot(network, rules, inputs.split(32), example_inputs=(example,), target=target)
+        result = export(final, (example,), out, target=target)
+        verdict = verify(final, out, inputs.split(32))
     show({"export": plain(result), "verify": plain(verdict)}, f"{result}\n{verdict}", as_json)
 
 
@@ -202,70 +218,49 @@ def report(source: str, as_json: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
+    take_signals()
+    take_any_encoding()
     sys.exit(status(arguments))
 
 
 def status(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app.main(args=list(arguments) if arguments is not None else None, prog_name="torchopt", standalone_mode=False)
+        with tidy_output(apart="--json" in given):
+            app.main(args=given, prog_name="torchopt", standalone_mode=False)
+            sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         return 2
     except click.ClickException as error:
-        click.echo(f"torchopt: {one_line(error.format_message())}", err=True)
+        complain(error.format_message())
         return 2
     except (click.exceptions.Abort, KeyboardInterrupt):
-        click.echo("torchopt: stopped", err=True)
-        return 130
+        complain("stopped")
+        return 128 + signal.SIGINT
+    except Stopped as stopped:
+        if stopped.name != "SIGPIPE":
+            complain(f"stopped by {stopped.name}{'; the same command with --resume goes on' if given[:1] == ['run'] else ''}")
+        return 128 + stopped.number
     except TorchoptError as error:
-        click.echo(f"torchopt: {one_line(str(error))}", err=True)
+        complain(str(error))
+        return 2
+    except MemoryError:
+        complain("memory ran out; a smaller model, batch or picture size is needed")
+        return 2
+    except OSError as error:
+        reason = reason_of(error)
+        if reason is None:
+            raise
+        complain(reason)
         return 2
     return 0
 
 
-def one_line(text: str) -> str:
-    """Return `text` with line breaks and runs of blanks made into single blanks.
-
-    Example:
-        >>> one_line("a\\n  b")
-        'a b'
-    """
-    return " ".join(text.split())
-
-
-def show(data: object, text: object, as_json: bool) -> None:
-    """Print `data` as JSON, or `text`: a string, or anything rich can draw."""
-    if as_json:
-        click.echo(json.dumps(data, indent=1))
-    elif isinstance(text, str):
-        click.echo(text)
-    else:
-        from rich.console import Console
-
-        Console(width=None if sys.stdout.isatty() else 140).print(text)
-
-
-def table(rows: Sequence[dict[str, Any]]) -> object:
-    """Return a rich table of rows that have the same keys."""
-    from rich.table import Table
-
-    drawn = Table(*(rows[0] if rows else ()), box=None, pad_edge=False)
-    for row in rows:
-        drawn.add_row(*("" if value is None else str(value) for value in row.values()))
-    return drawn
-
-
-def plain(result: Any) -> Any:
-    """Return a result as what JSON can hold."""
-    if hasattr(result, "to_dict"):
-        return result.to_dict()
-    return json.loads(json.dumps(dataclasses.asdict(result), default=str))
-
-
 def _needed_shape(text: str | None) -> tuple[int, int, int]:
     parts = (text or "").split(",")
-    if len(parts) != 3 or not all(p.strip().isdigit() and int(p) > 0 for p in parts):
+    if len(parts) != 3 or not all(p.strip().isdecimal() and int(p) > 0 for p in parts):
         raise ConfigError(f"--input-shape: got {text!r}; three numbers C,H,W are needed, such as 3,224,224")
     channels, height, width = map(int, parts)
     return channels, height, width
@@ -277,7 +272,18 @@ def _built(source: str, weights: str | None, shape: tuple[int, int, int]) -> tup
 
     from torchopt.models import ImportedModel
 
-    return ImportedModel(import_=source, weights=weights).build().eval(), torch.zeros(1, *shape)
+    with in_users_code("--input-shape", ConfigError):
+        example = torch.zeros(1, *shape, dtype=torch.float32)
+    return ImportedModel(import_=source, weights=weights).build().eval(), example
+
+
+def _named_place(option: str, place: str, *inputs: str | None) -> None:
+    """Refuse an empty name, and one of a file that is read."""
+    if not place.strip():
+        raise ConfigError(f"{option}: is empty; the name of what to write is needed")
+    for given in inputs:
+        if given is not None and Path(place).exists() and Path(given).exists() and Path(place).samefile(given):
+            raise ConfigError(f"{option}: {place} is what is read; the name of another file is needed")
 
 
 def _finished(folder: str) -> tuple[nn.Module, Any]:

@@ -33,9 +33,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         >>> target.read_text(), [p.name for p in target.parent.iterdir()]
         ('whole', ['a.txt'])
     """
+    check_place(path)
     target = Path(path)
-    if not target.parent.is_dir():
-        raise FileError(f"{target}: the folder {target.parent} does not exist; create it, or write somewhere else")
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
         yield temporary
@@ -46,6 +45,28 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def check_place(path: str | os.PathLike[str]) -> None:
+    """Refuse a path at which no file can be written, before the work whose result it is for.
+
+    Raises:
+        FileError: it is empty or a folder, its folder is missing, or nothing may be written there.
+
+    Example:
+        >>> check_place("")
+        Traceback (most recent call last):
+        torchopt.errors.FileError: the path '' names no file; the name of a file to write is needed
+    """
+    target = Path(path)
+    if not os.fspath(path) or not target.name or target.name == "..":
+        raise FileError(f"the path {os.fspath(path)!r} names no file; the name of a file to write is needed")
+    if not target.parent.is_dir():
+        raise FileError(f"{target}: the folder {target.parent} does not exist; create it, or write somewhere else")
+    if target.is_dir():
+        raise FileError(f"{target}: is a folder; the name of a file to write is needed")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise FileError(f"{target}: cannot be written (the folder is read-only); permit it, or write somewhere else")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

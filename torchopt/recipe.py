@@ -55,7 +55,7 @@ class Shrink:
         if len(goals) != 1:
             raise ConfigError(f"Shrink: got {goals or 'no goal'}; exactly one of ratio, max_macs and max_latency_ms is needed")
         fractions = [] if self.ratio is None else [*self.ratio.values()] if isinstance(self.ratio, Mapping) else [self.ratio]
-        if not all(0 < fraction < 1 for fraction in fractions):
+        if not all(0 < fraction < 1 for fraction in fractions) or self.ratio == {}:
             raise ConfigError(f"Shrink.ratio: got {self.ratio}; a fraction in (0, 1) is needed")
         for name in ("max_macs", "max_latency_ms"):
             value = getattr(self, name)

@@ -245,6 +245,20 @@ class MultiStep:
 Schedule = ConstantSparsity | PolynomialDecay | CosineDecay | MultiStep
 
 
+def reached(schedule: Schedule, steps: int) -> float:
+    """Return the sparsity that masks have after `steps` optimizer steps: that of the last one at which the schedule fired.
+
+    Example:
+        >>> round(reached(PolynomialDecay(final_sparsity=0.8, end_step=100, frequency=10), 45), 4)
+        0.6272
+        >>> reached(ConstantSparsity(target_sparsity=0.5, begin_step=50), 45)
+        0.0
+    """
+    if steps >= schedule.done_step:
+        return schedule.final
+    return next((schedule.sparsity_at(step) for step in range(steps, 0, -1) if schedule.fires(step)), 0.0)
+
+
 def check_sparsity(where: str, value: object) -> None:
     """Refuse a sparsity outside [0, 1).
 

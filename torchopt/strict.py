@@ -103,7 +103,8 @@ def convert(hint: Any, value: object, path: Path) -> Any:
     if origin in (collections.abc.Mapping, dict) or hint in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise KeyPathError(path, f"got {value!r}; keys and values are needed")
-        return dict(value)
+        kept = arguments[1] if len(arguments) > 1 else Any
+        return {key: convert(kept, one, (*path, key)) for key, one in value.items()}
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return build(hint, value, path)
     return _scalar(hint, value, path)

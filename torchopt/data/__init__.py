@@ -4,6 +4,8 @@ from torchopt.data.dataset import Augment as Augment
 from torchopt.data.dataset import Dataset as Dataset
 from torchopt.data.dataset import epoch_order as epoch_order
 from torchopt.data.dataset import generator as generator
+from torchopt.data.fingerprint import changed as changed
+from torchopt.data.fingerprint import fingerprint as fingerprint
 from torchopt.data.inputs import read_inputs as read_inputs
 from torchopt.data.sources import Digits as Digits
 from torchopt.data.sources import FashionMnist as FashionMnist

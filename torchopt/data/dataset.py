@@ -26,9 +26,11 @@ class Dataset:
         test_inputs: float32 (M, …).
         test_labels: int64 (M,).
         classes: a name for each label.
+        files: a digest of the names and sizes of the files that the data was read from, or "".
+        note: how the source was understood, for the user to read, or "".
 
     Raises:
-        DataError: a part is empty, not finite, or inputs and labels differ in number.
+        DataError: a part is no tensor, empty, not finite, of another type, or inputs and labels differ in number.
     """
 
     train_inputs: torch.Tensor
@@ -36,18 +38,42 @@ class Dataset:
     test_inputs: torch.Tensor
     test_labels: torch.Tensor
     classes: tuple[str, ...]
+    files: str = ""
+    note: str = ""
 
     def __post_init__(self) -> None:
         for part in ("train", "test"):
             inputs, labels = getattr(self, f"{part}_inputs"), getattr(self, f"{part}_labels")
+            self._check_types(part, inputs, labels)
             if len(inputs) == 0:
                 raise DataError(f"data: the {part} part is empty; at least one sample is needed")
             if len(inputs) != len(labels):
                 raise DataError(f"data: the {part} part has {len(inputs)} inputs and {len(labels)} labels; as many are needed")
             if not bool(torch.isfinite(inputs).all()):
                 raise DataError(f"data: the {part} inputs hold NaN or infinity; finite numbers are needed")
-            if int(labels.min()) < 0 or int(labels.max()) >= len(self.classes):
-                raise DataError(f"data: the {part} labels reach {int(labels.max())}; 0 … {len(self.classes) - 1} are the classes")
+            low, high, last = int(labels.min()), int(labels.max()), len(self.classes) - 1
+            if low < 0 or high > last:
+                reach = f"reach {high}" if high > last else f"begin at {low}"
+                raise DataError(f"data: the {part} labels {reach}; 0 … {last} are the classes")
+        ours, theirs = self.train_inputs, self.test_inputs
+        if ours.shape[1:] != theirs.shape[1:] or ours.dtype != theirs.dtype:
+            shapes = f"{tuple(ours.shape[1:])} {ours.dtype} and {tuple(theirs.shape[1:])} {theirs.dtype}"
+            raise DataError(f"data: a training sample and a test sample are {shapes}; the same shape and type are needed")
+
+    @staticmethod
+    def _check_types(part: str, inputs: object, labels: object) -> None:
+        for what, value in (("inputs", inputs), ("labels", labels)):
+            if not isinstance(value, torch.Tensor):
+                kind = f"{type(value).__module__}.{type(value).__name__}"
+                raise DataError(f"data: the {part} {what} are a {kind}; a torch.Tensor is needed, such as torch.from_numpy gives")
+            if value.dim() == 0:
+                raise DataError(
+                    f"data: the {part} {what} are one number; a tensor with the samples along its first axis is needed"
+                )
+        assert isinstance(labels, torch.Tensor)
+        if labels.dim() != 1 or labels.dtype != torch.int64:
+            found = f"of shape {tuple(labels.shape)} and {labels.dtype}"
+            raise DataError(f"data: the {part} labels are {found}; class numbers are needed, (N,) int64")
 
     @property
     def example(self) -> torch.Tensor:
@@ -86,7 +112,7 @@ class Augment:
         if inputs.dim() != 4:
             raise DataError(f"Augment: got inputs of shape {tuple(inputs.shape)}; pictures (N, C, H, W) are needed")
         if self.flip:
-            mirrored = torch.rand(len(inputs), generator=rng) < 0.5
+            mirrored = torch.rand(len(inputs), generator=rng, dtype=torch.float32) < 0.5
             inputs = torch.where(mirrored.to(inputs.device)[:, None, None, None], inputs.flip(-1), inputs)
         return shifted(inputs, self.shift, rng) if self.shift else inputs
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from torchopt.errors import DataError, FileError
+from torchopt.data.pictures import PICTURES, open_picture, picture_files
+from torchopt.errors import ConfigError, DataError, FileError
 from torchopt.progress import track
 
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation that torchvision's networks expect
 
 
@@ -46,7 +46,11 @@ def read_inputs(
         return _array(path, size)[:samples]
     if not path.is_dir():
         raise FileError(f"{path}: no such folder; a folder of pictures, or an array in a .npy file, is needed")
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in PICTURES)
+    if size[0] not in (1, 3):
+        raise ConfigError(
+            f"{path}: pictures have 1 channel (grey) or 3, and inputs of shape {size} are asked for; give a .npy file"
+        )
+    files = picture_files(path)
     if not files:
         raise DataError(f"{path}: holds no pictures ({', '.join(sorted(PICTURES))}); at least one is needed")
     chosen = [files[i * len(files) // samples] for i in range(samples)] if len(files) > samples else files
@@ -58,22 +62,19 @@ def _array(path: Path, size: tuple[int, int, int]) -> torch.Tensor:
         found = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise FileError(f"{path}: cannot be read as an array ({error}); save one with numpy.save") from error
+    if not (isinstance(found, np.ndarray) and found.dtype.kind in "fiub"):
+        raise DataError(f"{path}: holds {getattr(found, 'dtype', 'several arrays')}; one array of numbers is needed")
     if found.ndim != 4 or found.shape[1:] != size or len(found) == 0:
         raise DataError(f"{path}: holds an array of shape {found.shape}; (N, {', '.join(map(str, size))}) is needed")
     return torch.from_numpy(found.astype(np.float32))
 
 
 def _picture(path: Path, size: tuple[int, int, int], normalize: tuple[Sequence[float], Sequence[float]]) -> torch.Tensor:
-    from PIL import Image, UnidentifiedImageError
     from torchvision.transforms import v2
 
     channels, height, width = size
-    try:
-        with Image.open(path) as opened:
-            picture = opened.convert("RGB" if channels == 3 else "L")
-    except (UnidentifiedImageError, OSError) as error:
-        raise FileError(f"{path}: is no picture that can be read ({type(error).__name__}); remove it or replace it") from error
+    picture = open_picture(path, channels)
     cropped = v2.functional.center_crop(v2.functional.resize(picture, [max(height, width)]), [height, width])
     pixels = torch.from_numpy(np.asarray(cropped, np.float32) / 255).reshape(height, width, channels).permute(2, 0, 1)
-    mean, std = (torch.tensor(list(values)[:channels])[:, None, None] for values in normalize)
+    mean, std = (torch.tensor(list(values)[:channels], dtype=torch.float32)[:, None, None] for values in normalize)
     return (pixels - mean) / std

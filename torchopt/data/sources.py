@@ -7,6 +7,7 @@ in `root`, else in `$TORCHOPT_DATA`, else in `../shared/data` beside the working
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 import zlib
 from collections.abc import Mapping
@@ -18,8 +19,10 @@ import numpy as np
 import torch
 
 from torchopt.data.dataset import Dataset, generator
+from torchopt.data.pictures import classes_of, open_picture, split_of
 from torchopt.errors import ConfigError, DataError, FileError
-from torchopt.importing import load_callable
+from torchopt.importing import in_users_code, load_callable
+from torchopt.progress import track
 
 GARMENTS = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 TEN = tuple("0123456789")
@@ -133,7 +136,9 @@ class SpokenDigits:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder:
-    """Pictures in one folder a class: root/train/<class>/*.jpg and root/test/<class>/*.jpg, or root/<class>/ split here.
+    """Pictures in one folder a class: root/train/<class>/*.jpg and root/val/<class>/*.jpg, or root/<class>/ split here.
+
+    `test` and other usual names stand for `val`; where both are there, `test` is read. Hidden folders are no classes.
 
     Attributes:
         root: the folder.
@@ -161,36 +166,47 @@ class ImageFolder:
         """Read all pictures into memory, scaled to mean 0 and standard deviation 1 over the training part.
 
         Raises:
-            FileError: the folder is missing or holds no pictures.
+            FileError: the folder is missing or holds no pictures, or one of them cannot be read.
+            DataError: there is one class alone, or the folder can be read as classes and as a split.
         """
-        root = Path(self.root)
-        if not root.is_dir():
-            raise FileError(f"{root}: no such folder; data.root must hold one folder of pictures a class")
-        if (root / "train").is_dir() and (root / "test").is_dir():
-            train_x, train_y, names = self._read(root / "train")
-            test_x, test_y, test_names = self._read(root / "test")
-            if test_names != names:
-                raise DataError(f"{root}: train has the classes {names}, test has {test_names}; the same are needed")
+        split = split_of(Path(self.root))
+        classes = classes_of(split.train)
+        train_x, train_y = self._read(classes)
+        files = _names_and_sizes(split.train, classes)
+        if split.test is not None:
+            others = classes_of(split.test)
+            if list(others) != list(classes):
+                ours, theirs = (f"{p.name}/ has the classes {list(c)}" for p, c in ((split.train, classes), (split.test, others)))
+                raise DataError(f"{self.root}: {ours}, {theirs}; the same are needed")
+            test_x, test_y = self._read(others)
+            files += _names_and_sizes(split.test, others)
         else:
-            x, y, names = self._read(root)
-            order = torch.randperm(len(x), generator=generator(0))
+            x, y, order = train_x, train_y, torch.randperm(len(train_x), generator=generator(0))
             cut = max(1, round(len(x) * self.test_fraction))
             train_x, train_y, test_x, test_y = x[order[cut:]], y[order[cut:]], x[order[:cut]], y[order[:cut]]
         mean, std = train_x.mean((0, 2, 3), keepdim=True), train_x.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
-        train_x, test_x = (train_x - mean) / std, (test_x - mean) / std
-        return Dataset(train_inputs=train_x, train_labels=train_y, test_inputs=test_x, test_labels=test_y, classes=tuple(names))
+        return Dataset(
+            train_inputs=(train_x - mean) / std,
+            train_labels=train_y,
+            test_inputs=(test_x - mean) / std,
+            test_labels=test_y,
+            classes=tuple(classes),
+            files=hashlib.sha256(files.encode("utf-8", "surrogateescape")).hexdigest(),
+            note=split.note,
+        )
 
-    def _read(self, folder: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-        from torchvision import datasets, transforms
+    def _read(self, classes: dict[str, list[Path]]) -> tuple[torch.Tensor, torch.Tensor]:
+        from torchvision import transforms
 
         steps = [transforms.Resize(self.image_size), transforms.CenterCrop(self.image_size), transforms.ToTensor()]
-        grey = [transforms.Grayscale()] if self.channels == 1 else []
-        try:
-            found = datasets.ImageFolder(str(folder), transforms.Compose([*grey, *steps]))
-        except FileNotFoundError as error:
-            raise FileError(f"{folder}: {str(error).splitlines()[0]}; one folder of pictures a class is needed") from error
-        pictures, labels = zip(*(found[i] for i in range(len(found))), strict=True)
-        return torch.stack(pictures), torch.tensor(labels), found.classes
+        ready = transforms.Compose(steps)
+        files = [(file, label) for label, some in enumerate(classes.values()) for file in some]
+        pictures = [ready(open_picture(file, self.channels)) for file, _ in track(files, "reading pictures")]
+        return torch.stack(pictures).float(), torch.tensor([label for _, label in files], dtype=torch.int64)
+
+
+def _names_and_sizes(folder: Path, classes: dict[str, list[Path]]) -> str:
+    return "".join(f"{file.relative_to(folder)} {file.stat().st_size}\n" for files in classes.values() for file in files)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,9 +225,11 @@ class ImportedData:
         """Call the function and return its data.
 
         Raises:
-            DataError: it returns something else.
+            DataError: it returns something else, or raises.
         """
-        found = load_callable(self.import_, where="data.import")(**self.args)
+        function = load_callable(self.import_, where="data.import")
+        with in_users_code(f"data.import: {self.import_}", DataError, function):
+            found = function(**self.args)
         if not isinstance(found, Dataset):
             raise DataError(f"data.import: {self.import_} returned {type(found).__name__}; a torchopt.data.Dataset is needed")
         return found
@@ -246,13 +264,20 @@ def spectrogram(audio: torch.Tensor, *, rate: int = 8000, bands: int = 32, frame
         >>> spectrogram(torch.zeros(100)).shape
         torch.Size([32, 32])
     """
-    clip = torch.zeros(rate)
+    clip = torch.zeros(rate, dtype=torch.float32)
     clip[: min(rate, len(audio))] = audio[:rate]
     window = 512
     hop = (rate - window) // (frames - 1)
-    spectrum = torch.stft(clip, window, hop, window=torch.hann_window(window), center=False, return_complex=True).abs() ** 2
-    edges = 700 * (10 ** (torch.linspace(0, 2595 * np.log10(1 + rate / 2 / 700), bands + 2) / 2595) - 1)  # mel scale, Hz
-    hertz = torch.linspace(0, rate / 2, window // 2 + 1)
+    spectrum = (
+        torch.stft(
+            clip, window, hop, window=torch.hann_window(window, dtype=torch.float32), center=False, return_complex=True
+        ).abs()
+        ** 2
+    )
+    edges = 700 * (
+        10 ** (torch.linspace(0, 2595 * np.log10(1 + rate / 2 / 700), bands + 2, dtype=torch.float32) / 2595) - 1
+    )  # mel scale, Hz
+    hertz = torch.linspace(0, rate / 2, window // 2 + 1, dtype=torch.float32)
     rising = (hertz - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
     falling = (edges[2:, None] - hertz) / (edges[2:] - edges[1:-1])[:, None]
     triangles = torch.minimum(rising, falling).clamp_min(0)  # (bands, window / 2 + 1)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from torchopt.errors import ConfigError, FileError, ModelError, nearest
-from torchopt.importing import load_callable
+from torchopt.importing import in_users_code, load_callable
 from torchopt.models.networks import DigitsNet, DsCnn, MobileNet, ResNet8
 
 KINDS: dict[str, type[ResNet8 | DigitsNet | DsCnn | MobileNet]] = {
@@ -51,7 +51,12 @@ class ReferenceModel:
 
     def build(self) -> nn.Module:
         """Return the network, freshly initialized from torch's global random state, or with `weights` loaded."""
-        network = KINDS[self.kind](self.classes, self.in_channels, self.width)
+        try:
+            network = KINDS[self.kind](self.classes, self.in_channels, self.width)
+        except (RuntimeError, MemoryError) as error:  # torch finds no memory for it
+            raise ModelError(
+                f"model: {self.kind} cannot be built: {str(error).splitlines()[0]}; a smaller one is needed"
+            ) from error
         return _with_weights(network, self.weights)
 
 
@@ -73,9 +78,11 @@ class ImportedModel:
         """Call the function and return its network.
 
         Raises:
-            ModelError: it returns something else.
+            ModelError: it returns something else, or raises.
         """
-        network = load_callable(self.import_, where="model.import")(**self.args)
+        function = load_callable(self.import_, where="model.import")
+        with in_users_code(f"model.import: {self.import_}", ModelError, function):
+            network = function(**self.args)
         if not isinstance(network, nn.Module):
             raise ModelError(f"model.import: {self.import_} returned {type(network).__name__}; a torch.nn.Module is needed")
         return _with_weights(network, self.weights)

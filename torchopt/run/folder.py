@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from torchopt import recipe as recipes
+from torchopt.data import changed
 from torchopt.errors import FileError, StateError
 from torchopt.files import atomic_path, write_text
 from torchopt.prune.plan import Plan
@@ -40,6 +41,9 @@ class Position:
         training: the state of the training loop, None before its first save.
         stages: what the stages brought so far, for the report.
         seconds: time spent so far, over all processes that went on with the run.
+        recipe: the text of the recipe that the run carries out; None in checkpoints of an older torchopt.
+        data: what the samples are (`torchopt.data.fingerprint`), or None likewise.
+        made: what decides the last bits beside the recipe: torch's version, the number of threads.
     """
 
     stage: int
@@ -51,6 +55,9 @@ class Position:
     training: dict[str, Any] | None = None
     stages: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+    recipe: str | None = None
+    data: dict[str, Any] | None = None
+    made: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,13 +81,20 @@ class Folder:
             FileError: the disk is full, or the folder cannot be written.
         """
         with atomic_path(self[CHECKPOINT]) as temporary:
-            torch.save({"format": FORMAT, **vars(position)}, temporary)
+            try:
+                torch.save({"format": FORMAT, **vars(position)}, temporary)
+            except RuntimeError as error:  # what torch makes of a full disk
+                said = str(error).splitlines()[0][:200]
+                raise FileError(f"{self[CHECKPOINT]}: cannot be written ({said}); free space and go on with --resume") from error
 
-    def position(self) -> Position | None:
+    def position(self, loaded: Loaded) -> Position | None:
         """Read the checkpoint, or return None where there is none yet.
 
+        Args:
+            loaded: the recipe that it must be of.
+
         Raises:
-            FileError: it is damaged, or of another format.
+            FileError: it is damaged, of another format, or of another recipe.
         """
         path = self[CHECKPOINT]
         if not path.is_file():
@@ -92,13 +106,22 @@ class Folder:
         if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
             raise FileError(f"{path}: is no checkpoint of format {FORMAT}; start again with --overwrite")
         try:
-            return Position(**found)
+            position = Position(**found)
         except TypeError as error:
             raise FileError(f"{path}: lacks parts of a checkpoint ({error}); start again with --overwrite") from error
+        other = None
+        if position.recipe is not None:
+            other = recipes.first_difference(recipes.parse(position.recipe, name=str(path)).plain, loaded.plain)
+        if other is not None or position.stage >= len(loaded.recipe.stages):
+            differs = f"{other!r} differs" if other is not None else f"it has no stage {position.stage + 1}"
+            raise FileError(
+                f"{path}: belongs to another recipe than {RECIPE} beside it ({differs}); start again with --overwrite"
+            )
+        return position
 
 
 def open_folder(out: str | os.PathLike[str], loaded: Loaded, *, resume: bool, overwrite: bool) -> Folder:
-    """Make the folder of a run, or take up an old one.
+    """Begin in the folder of a run, which `locked` has made and holds, or take up the old run that lies there.
 
     Args:
         out: the folder.
@@ -107,12 +130,11 @@ def open_folder(out: str | os.PathLike[str], loaded: Loaded, *, resume: bool, ov
         overwrite: remove the run that lies there.
 
     Raises:
-        FileError: the folder cannot be made or written, or holds a run while neither `resume` nor `overwrite` is given.
+        FileError: the folder cannot be written, or holds a run while neither `resume` nor `overwrite` is given.
         StateError: the run that lies there has another recipe.
     """
     folder = Folder(path=Path(out))
     try:
-        folder.path.mkdir(parents=True, exist_ok=True)
         _remove(folder.path.glob(".*.part"))
         old = [name for name in FILES if folder[name].exists()]
         if old and overwrite:
@@ -139,3 +161,16 @@ def _same_recipe(folder: Folder, loaded: Loaded) -> None:
     different = recipes.first_difference(recipes.load(path).plain, loaded.plain)
     if different is not None:
         raise StateError(f"{path}: the run was started with another {different!r}; resume with the same recipe, or --overwrite")
+
+
+def refuse_other_data(out: str | os.PathLike[str], position: Position, now: dict[str, Any]) -> None:
+    """Refuse to go on with a run on other samples than it began with.
+
+    Raises:
+        StateError: the data is another.
+    """
+    different = changed(position.data, now) if position.data is not None else None
+    if different is not None:
+        raise StateError(
+            f"{out}: the data is not what the run began with ({different}); resume with the data of then, or start again by --overwrite"
+        )

@@ -8,10 +8,13 @@ run is finished. Scores are of ONNX Runtime, on the files that were written, not
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import gzip
 import json
 import os
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +23,47 @@ import torch
 from torch import nn
 
 from torchopt import recipe as recipes
-from torchopt.data import Dataset
+from torchopt.data import Dataset, fingerprint
 from torchopt.errors import FileError, ModelError
 from torchopt.export import decode_initializers, export
 from torchopt.files import write_text
+from torchopt.importing import in_users_code
 from torchopt.prune.channels import count_macs
+from torchopt.randomness import random_state_kept
 from torchopt.recipe import Loaded, Recipe
 from torchopt.report import histogram, write_html
 from torchopt.report import report as weight_report
 from torchopt.rules import assign
-from torchopt.run.folder import BASELINE, MODEL, PAGE, RECIPE, REPORT, Folder, Position, open_folder
+from torchopt.run.folder import (
+    BASELINE,
+    CHECKPOINT,
+    MODEL,
+    PAGE,
+    RECIPE,
+    REPORT,
+    Folder,
+    Position,
+    open_folder,
+    refuse_other_data,
+)
+from torchopt.run.lock import locked
+from torchopt.run.plans import ended, left_alone, plans
 from torchopt.run.ranks import on_first, process_group
 from torchopt.run.stages import run_stages, started_model
 from torchopt.runtime import benchmark, inspect, session, verify
 
+PARTS = ("score", "size_bytes", "latency_ms", "layers", "placement", "verify")  # what a report is printed from
 
+
+@random_state_kept()
 def run(
-    loaded: Loaded, out: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False, progress: bool = True
+    loaded: Loaded,
+    out: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    unfinished: bool = False,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Carry out a recipe and leave its result in a folder.
 
@@ -45,34 +72,55 @@ def run(
         out: the folder; made where it does not exist.
         resume: go on with the run that lies there; where there is none, start.
         overwrite: remove the run that lies there and start again.
+        unfinished: carry out also what trains too few steps for its schedules to end, as a trial does.
         progress: show progress bars on stderr.
 
     Returns:
         What `report.json` holds; an empty dict on the ranks of a distributed run that do not write.
 
     Raises:
-        TorchoptError: a mistake in the recipe, the model, the data, or the folder.
+        TorchoptError: a mistake in the recipe, the model, the data, or the folder; one that another process is running in.
     """
     recipe = loaded.recipe
     torch.manual_seed(recipe.seed)
     model = recipe.model.build()
     data = checked(recipe, model)
-    with process_group() as rank:
+    for remark in plans(recipe, model, data, unfinished=unfinished):
+        warnings.warn(remark, RuntimeWarning, stacklevel=3)
+    now = fingerprint(data)
+    with process_group() as rank, contextlib.ExitStack() as held:
+        on_first(lambda: held.enter_context(locked(out)))
         folder = on_first(lambda: open_folder(out, loaded, resume=resume, overwrite=overwrite))
         if on_first(lambda: folder.finished):
-            return read_report(out)
-        first = Position(stage=0, start=model.state_dict())
-        position = on_first(lambda: folder.position() or first)
+            return read_report(out) if rank == 0 else {}
+        made = {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
+        first = Position(stage=0, start=model.state_dict(), recipe=loaded.text, data=now, made=made)
+        position = on_first(lambda: folder.position(loaded) or first)
+        refuse_other_data(out, position, now)
+        _say_what_differs(position, made)
         save = folder.save if rank == 0 else lambda position: None
-        final = run_stages(recipe, data, position, save, progress=progress and rank == 0)
+        with in_users_code("run"):
+            final = run_stages(recipe, data, position, save, progress=progress and rank == 0)
         if rank > 0:
             return {}
-    started = time.monotonic()
-    measured = _result(recipe, data, folder, final, position, progress=progress)
-    result = {"recipe": loaded.name, "seconds": round(position.seconds + time.monotonic() - started, 1), **measured}
-    write_html(result, folder[PAGE])
-    write_text(folder[REPORT], json.dumps(result, indent=1) + "\n")
+        started = time.monotonic()
+        measured = _result(recipe, data, folder, final, position, progress=progress)
+        seconds = round(position.seconds + time.monotonic() - started, 1)
+        result = {"recipe": loaded.name, "seconds": seconds, "data": data.note, **measured}
+        write_html(result, folder[PAGE])
+        write_text(folder[REPORT], json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _say_what_differs(position: Position, made: dict[str, Any]) -> None:
+    """A resumed run ends in the same bytes only with the same torch and the same number of threads."""
+    then = position.made or made
+    different = [f"{name} {then[name]} (now {made[name]})" for name in made if then.get(name) != made[name]]
+    if different:
+        began = " and ".join(different)
+        warnings.warn(
+            f"the run was begun with {began}; what comes may differ from it in the last bits", RuntimeWarning, stacklevel=4
+        )
 
 
 def checked(recipe: Recipe, model: nn.Module) -> Dataset:
@@ -90,40 +138,46 @@ def checked(recipe: Recipe, model: nn.Module) -> Dataset:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"model: {name} holds NaN or infinity; finite weights are needed")
     data = recipe.data.load()
-    mode = model.training
     try:
-        with torch.no_grad():
-            logits = model.eval()(data.example)
-    except RuntimeError as error:
-        shape = tuple(data.example.shape)
+        with torch.no_grad(), in_users_code("model"):
+            logits = copy.deepcopy(model).eval()(data.example)
+    except (RuntimeError, ModelError) as error:
+        shape = f"{tuple(data.example.shape)} ({str(data.example.dtype).removeprefix('torch.')})"
         raise ModelError(f"model: does not take the data's inputs of shape {shape}: {str(error).splitlines()[0]}") from error
-    model.train(mode)
-    if logits.dim() != 2 or logits.shape[1] < len(data.classes):
-        shape, count = tuple(logits.shape), len(data.classes)
-        raise ModelError(f"model: gives outputs of shape {shape} for data of {count} classes; (N, {count}) is needed")
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[1] < len(data.classes):
+        shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ModelError(
+            f"model: gives outputs of shape {shape} for data of {len(data.classes)} classes; (N, {len(data.classes)}) is needed"
+        )
     return data
 
 
+@random_state_kept()
 def matched(recipe: Recipe) -> list[dict[str, Any]]:
     """Return which rule each weight gets in each stage, without touching any data.
 
     Returns:
-        One row a weight and stage: stage, weight, shape, rule, and what is done with it.
+        One row a weight and stage: stage, weight, shape, rule, and what is done with it, or why it is left alone.
     """
     model = recipe.model.build()
     rows = []
     for stage in recipe.stages:
-        for found in assign(model, stage.compress) if stage.compress is not None else []:
+        assigned = assign(model, stage.compress) if stage.compress is not None else []
+        left = left_alone(model, stage)
+        for found in assigned:
             prune, cluster, quantize = found.rule.prune, found.rule.cluster, found.rule.quantize
+            name = found.weight.name
             rows.append(
                 {
                     "stage": stage.title,
-                    "weight": found.weight.name,
+                    "weight": name,
                     "shape": "×".join(map(str, found.weight.value.shape)),
                     "rule": found.rule.match,
-                    "prune": f"{prune.timing.final:.0%} {prune.pattern}" if prune else None,
-                    "cluster": f"{cluster.n_clusters} values" if cluster else None,
-                    "quantize": f"{quantize.mode}, {quantize.weight_bits} bits" if quantize else None,
+                    "prune": left.get((name, "prune"), f"{prune.timing.final:.0%} {prune.pattern}") if prune else None,
+                    "cluster": left.get((name, "cluster"), f"{cluster.n_clusters} values") if cluster else None,
+                    "quantize": left.get((found.weight.module_name, "quantize"), f"{quantize.mode}, {quantize.weight_bits} bits")
+                    if quantize
+                    else None,
                 }
             )
     return rows
@@ -138,13 +192,17 @@ def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(folder) / REPORT
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        missing = [part for part in PARTS if part not in found]
+        if missing:
+            raise ValueError(f"{missing[0]!r} is missing")
     except OSError as error:
         raise FileError(f"{path}: cannot be read; the folder of a finished run is needed") from error
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise FileError(f"{path}: is damaged ({error}); run again with --overwrite") from error
     return found
 
 
+@random_state_kept()
 def final_model(folder: str | os.PathLike[str]) -> tuple[nn.Module, torch.Tensor]:
     """Return the final network of a finished run, rebuilt from its checkpoint, and an example input.
 
@@ -153,11 +211,14 @@ def final_model(folder: str | os.PathLike[str]) -> tuple[nn.Module, torch.Tensor
     """
     read_report(folder)
     place = Folder(path=Path(folder))
-    recipe = recipes.load(place[RECIPE]).recipe
-    position = place.position()
+    loaded = recipes.load(place[RECIPE])
+    position = place.position(loaded)
     if position is None:
         raise FileError(f"{folder}: its checkpoint is gone; run again with --overwrite")
-    data = recipe.data.load()
+    recipe, data = loaded.recipe, loaded.recipe.data.load()
+    refuse_other_data(folder, position, fingerprint(data))
+    if not ended(recipe, data, position):
+        raise FileError(f"{place[CHECKPOINT]}: is of a run that has not ended, beside the report of another; go on with --resume")
     return run_stages(recipe, data, position, lambda _: None), data.example
 
 
