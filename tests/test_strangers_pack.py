@@ -238,6 +238,64 @@ def test_external_data_at_odd_offsets_without_lengths_and_shared(tmp_path):
     np.testing.assert_array_equal(run(tmp_path / "b.onnx"), run(path))
 
 
+def test_a_name_that_is_used_again_within_is_left_alone(tmp_path):
+    """ONNX Runtime takes an initializer under another's name in a branch, but not under that of what a node gives."""
+    text = """<ir_version: 10, opset_import: ["": 21]> g (float[3, 96] x, bool flag) => (float[3, 128] y)
+        <float[1] w = {0}, float[1] v = {0}>
+        {i = If (flag) <then_branch = t () => (p) <float[1] w = {0}> {p = MatMul (x, w)}, else_branch = e () => (s) {s = MatMul (x, v)}>
+         m = MatMul (x, w)  n = MatMul (x, v)  y = Sum (m, n, i)}"""
+    model = ir.to_proto(ir.from_onnx_text(text))
+    then = next(a.g for n in model.graph.node for a in n.attribute if a.name == "then_branch")
+    for number, tensor in enumerate([*model.graph.initializer, *then.initializer]):
+        tensor.CopyFrom(numpy_helper.from_array(np.roll(W, number), tensor.name))
+    onnx.save(model, tmp_path / "a.onnx")
+    report = pack(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    assert [row.name for row in report.rows] == ["v"]
+    assert {entry.reason for entry in report.left} == {"of a name that is used again within or around its graph"}
+    feed = {"x": np.random.default_rng(0).standard_normal((3, 96)).astype(np.float32)}
+    for flag in (True, False):
+        outputs = [session(tmp_path / f"{n}.onnx").run(None, feed | {"flag": np.array(flag)})[0] for n in "ab"]
+        np.testing.assert_array_equal(*outputs)
+
+
+def test_classifiers_that_give_maps_and_recurrent_layers_that_give_little(tmp_path):
+    """What scikit-learn's converter writes ends in a sequence of maps; an LSTM leaves its first and last output out."""
+    map_ = helper.make_map_type_proto(TensorProto.INT64, helper.make_tensor_type_proto(TensorProto.FLOAT, []))
+    rng = np.random.default_rng(0)
+    r = [rng.choice(np.float32([0, 0.5, 1]), (1, 64, n)) for n in (128, 16)]
+    ml = {"domain": "ai.onnx.ml"}
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("Unsqueeze", ["h", "axes"], ["u"]),
+        helper.make_node("LSTM", ["u", "r0", "r1"], ["", "last", ""], hidden_size=16),
+        helper.make_node(
+            "LinearClassifier",
+            ["h"],
+            ["label", "p"],
+            coefficients=[0.1] * 256,
+            intercepts=[0.0, 0.1],
+            classlabels_ints=[0, 1],
+            **ml,
+        ),
+        helper.make_node("ZipMap", ["p"], ["z"], classlabels_int64s=[0, 1], **ml),
+    ]
+    outputs = [helper.make_value_info("z", helper.make_sequence_type_proto(map_)), helper.make_tensor_value_info("last", 1, None)]
+    constants = {"w": W, "axes": np.int64([0]), "r0": r[0], "r1": r[1]}
+    x = helper.make_tensor_value_info("x", 1, [3, 96])
+    graph = helper.make_graph(nodes, "g", [x], outputs, [numpy_helper.from_array(v, k) for k, v in constants.items()])
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)], ir_version=8
+    )
+    onnx.save(model, tmp_path / "a.onnx")
+    assert [row.name for row in pack(tmp_path / "a.onnx", tmp_path / "b.onnx").rows] == ["w", "r0", "r1"]
+    unpack(tmp_path / "b.onnx", tmp_path / "c.onnx")
+    assert onnx.load(tmp_path / "c.onnx").graph.output == model.graph.output
+    feed = {"x": rng.standard_normal((3, 96)).astype(np.float32)}
+    maps, last = zip(*(session(tmp_path / f"{name}.onnx").run(None, feed) for name in "abc"), strict=True)
+    assert maps[0] == maps[1] == maps[2]
+    np.testing.assert_array_equal(last[0], last[1])
+
+
 def test_what_export_packs_is_decoded_and_compared_too(tmp_path, monkeypatch):
     import torch
 

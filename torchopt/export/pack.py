@@ -83,7 +83,7 @@ def unpack(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> None:
 
     Nodes, tensors, names, documentation, metadata and their order are those of the file that was packed. Bytes may differ: a tensor
     whose numbers were fields of the message, or sparse, comes back as bytes; a model that was converted from an opset below 12 stays
-    converted; and what ONNX's format does not define is not kept.
+    converted; and fields that say their default, or that ONNX's format does not define, are not kept.
 
     Raises:
         FileError: `src` is missing, damaged, or no ONNX file, or `dst` cannot be written.

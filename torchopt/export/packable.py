@@ -30,15 +30,34 @@ def packable(view: View, opset: int) -> tuple[dict[str, Constant], list[LeftDens
     """
     found: dict[str, Constant] = {}
     left: list[LeftDense] = []
+    twice = _named_twice(view)
     for constant in view.constants:
         if constant.tensor is None or constant.tensor.nbytes <= SMALLEST:
             continue
         reason = _reason(constant, opset)
+        if (id(constant.scope), constant.name) in twice:
+            reason = "of a name that is used again within or around its graph"  # which ORT takes of initializers only
         if reason is None:
             found[constant.name if constant.name not in found else f"{constant.scope.name}/{constant.name}"] = constant
         else:
             left.append(LeftDense(name=constant.name, dense_bytes=constant.tensor.nbytes, reason=reason))
     return found, left
+
+
+def _named_twice(view: View) -> set[tuple[int, str]]:
+    """(identity of a scope, name) of what is named as something in a scope around it, or within it, is."""
+    names: dict[int, set[str]] = {}
+    for scope in view.scopes:
+        initializers = scope.body.initializers if isinstance(scope.body, ir.Graph) else ()
+        outputs = (v.name for node in scope.body for v in node.outputs)
+        names[id(scope)] = {str(name) for name in (*(v.name for v in scope.body.inputs), *initializers, *outputs) if name}
+    found = set()
+    for scope in view.scopes:
+        outer = scope.outer
+        while outer is not None:
+            found.update((id(s), name) for name in names[id(scope)] & names[id(outer)] for s in (scope, outer))
+            outer = outer.outer
+    return found
 
 
 def _reason(constant: Constant, opset: int) -> str | None:

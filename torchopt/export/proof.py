@@ -170,13 +170,12 @@ def _compare_nodes(one: _File, a: NodeProto, other: _File, b: NodeProto, seen: d
 
 
 def _signature(node: NodeProto) -> tuple[Any, ...]:
-    return (
-        node.op_type,
-        node.domain.replace("ai.onnx", "") if node.domain == "ai.onnx" else node.domain,
-        node.overload,
-        [*node.input],
-        [*node.output],
-    )
+    """What a node is, reads and gives; names that are left out at the end may be left out altogether."""
+    names = [[*node.input], [*node.output]]
+    for side in names:
+        while side and not side[-1]:
+            side.pop()
+    return node.op_type, "" if node.domain == "ai.onnx" else node.domain, node.overload, *names
 
 
 def _plain(attribute: AttributeProto) -> Any:

@@ -29,7 +29,11 @@ IN_A_BYTE: dict[int, int] = {  # elements of the types that share a byte
 TYPED = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
 ORT_FORMAT = b"ORTM"  # at byte 4, the mark of a flat buffer
 LIMIT = 2**31 - 1  # bytes of one message of protocol buffers
-KEPT, SHAPES = "torchopt.kept", "torchopt.shapes"  # in `meta` of a model and of its graphs: what onnx-ir does not carry
+KEPT, SHAPES, MAPS = (
+    "torchopt.kept",
+    "torchopt.shapes",
+    "torchopt.maps",
+)  # in `meta` of model and graphs: what onnx-ir does not carry
 EXTERNAL, SOURCES = "torchopt.external", "torchopt.sources"  # whether data lie beside the file; the files, mapped
 
 
@@ -47,8 +51,11 @@ def read(path: str | os.PathLike[str]) -> ir.Model:
         log.setLevel(logging.ERROR)
         model = _read(Path(path))
     except Exception as error:  # protobuf, onnx and onnx-ir raise classes of their own
+        first: BaseException = error
+        while first.__cause__ is not None:
+            first = first.__cause__
         raise FileError(
-            f"{path}: is no whole ONNX file ({str(error).splitlines()[0][:200] if str(error) else error!r})"
+            f"{path}: is no whole ONNX file ({str(first).splitlines()[0][:200] if str(first) else first!r})"
         ) from error
     finally:
         log.setLevel(level)
@@ -72,13 +79,29 @@ def _read(path: Path) -> ir.Model:
     densify(proto.graph)
     for function in proto.functions:
         densify_nodes(function.node)
+    values = [*proto.graph.input, *proto.graph.output, *proto.graph.value_info]
+    maps = {info.name: onnx.TypeProto.FromString(info.type.SerializeToString()) for info in values if _has_map(info.type)}
+    for info in values:
+        if info.name in maps:
+            info.ClearField("type")
     model = ir.serde.deserialize_model(proto)
+    for info in proto.graph.value_info:
+        if info.name in maps:
+            info.type.CopyFrom(maps[info.name])
+    model.meta[MAPS] = maps
     if _fill(model, path, data) != message.count(HERE.encode()):
         raise ValueError("a tensor lies where ONNX has none")
     for graph, written in pairs(model, proto):
         graph.meta[SHAPES] = [*written.value_info]
     model.meta[KEPT] = onnx.ModelProto(training_info=proto.training_info)
     return model
+
+
+def _has_map(kind: onnx.TypeProto) -> bool:
+    """Whether a type is, or holds, a map, as classifiers give them; onnx-ir has none."""
+    while kind.HasField("sequence_type") or kind.HasField("optional_type"):
+        kind = kind.sequence_type.elem_type if kind.HasField("sequence_type") else kind.optional_type.elem_type
+    return kind.HasField("map_type")
 
 
 def _fill(model: ir.Model, path: Path, data: mmap.mmap) -> int:

@@ -63,11 +63,13 @@ class Scope:
         name: "" of the main graph; else as "y/then_branch" (by the node's name, or that of its first output) or "domain::function".
         body: what holds its nodes.
         root: the main graph, or the function that it lies in.
+        outer: the scope that it lies in directly; None of a root.
     """
 
     name: str
     body: ir.Graph | ir.Function
     root: ir.Graph | ir.Function
+    outer: Scope | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -261,7 +263,9 @@ def scopes_of(model: ir.Model) -> Iterator[Scope]:
                 graphs = _graphs(attribute)
                 for number, graph in enumerate(graphs):
                     own = f"{name}/{attribute.name}" + (f"[{number}]" if len(graphs) > 1 else "")
-                    inner.append(Scope(name=f"{scope.name}/{own}" if scope.name else own, body=graph, root=scope.root))
+                    inner.append(
+                        Scope(name=f"{scope.name}/{own}" if scope.name else own, body=graph, root=scope.root, outer=scope)
+                    )
         roots = inner + roots
 
 

@@ -18,7 +18,7 @@ import onnx
 import onnx_ir as ir
 
 from torchopt.errors import ModelError
-from torchopt.export.read import EXTERNAL, KEPT, LIMIT, SHAPES, mapped, pairs
+from torchopt.export.read import EXTERNAL, KEPT, LIMIT, MAPS, SHAPES, mapped, pairs
 from torchopt.export.tensors import Put, bytes_of, places
 from torchopt.export.wire import HERE, LARGE, with_data, without_data
 from torchopt.files import atomic_path
@@ -149,6 +149,9 @@ def _message(model: ir.Model, where: str, *, shapes: bool = True) -> bytes:
     try:
         proto = ir.to_proto(model)
         proto.MergeFrom(model.meta.get(KEPT, onnx.ModelProto()))
+        for info in (*proto.graph.input, *proto.graph.output):
+            if info.name in model.meta.get(MAPS, ()):
+                info.type.CopyFrom(model.meta[MAPS][info.name])
         for graph, message in pairs(model, proto):
             stored = {tensor.name for tensor in message.initializer}  # whose types and shapes onnx-ir writes a second time
             known = graph.meta.get(SHAPES)
