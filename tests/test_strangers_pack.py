@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 
 import numpy as np
 import onnx
@@ -301,7 +302,8 @@ def test_what_export_packs_is_decoded_and_compared_too(tmp_path, monkeypatch):
 
     layer = torch.nn.Linear(96, 128)
     layer.weight.data = torch.tensor(W.T.copy())
-    wrong = torchopt.export.__globals__["pack_model"]
+    room = sys.modules["torchopt.export.export"]
+    wrong = room.pack_model
 
     def spoiled(graph, **kwargs):
         report = wrong(graph, **kwargs)
@@ -309,7 +311,7 @@ def test_what_export_packs_is_decoded_and_compared_too(tmp_path, monkeypatch):
         values[-1].const_value = ir.tensor(values[-1].const_value.numpy() * np.float32(1.5))
         return report
 
-    monkeypatch.setitem(torchopt.export.__globals__, "pack_model", spoiled)
+    monkeypatch.setattr(room, "pack_model", spoiled)
     with pytest.raises(torchopt.ModelError, match="differs|not equal"):
         export(layer, (torch.zeros(1, 96),), tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []

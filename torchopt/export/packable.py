@@ -51,7 +51,7 @@ def _named_twice(view: View) -> set[tuple[int, str]]:
         initializers = scope.body.initializers if isinstance(scope.body, ir.Graph) else ()
         outputs = (v.name for node in scope.body for v in node.outputs)
         names[id(scope)] = {str(name) for name in (*(v.name for v in scope.body.inputs), *initializers, *outputs) if name}
-    found = set()
+    found: set[tuple[int, str]] = set()
     for scope in view.scopes:
         outer = scope.outer
         while outer is not None:
