@@ -34,7 +34,7 @@ from torchopt.prune.plan import plan_of
 from torchopt.refusals import refuse_model, refuse_weights
 from torchopt.rules import Assigned, Rule, assign, checked
 from torchopt.state import ATTRIBUTE, State, require_state, require_states
-from torchopt.weights import Skipped, Weight, custom_weights, find_weight, weights
+from torchopt.weights import Skipped, Weight, custom_weights, find_weight, note_skipped, weights
 
 
 @alone()
@@ -180,7 +180,9 @@ def finalize(model: nn.Module, *, unfinished: bool = False) -> nn.Module:
     check_intact(prepared, state)
     if not unfinished:
         check_finished(prepared, int(state.step))
-    return _baked(prepared)
+    plain = _baked(prepared)
+    note_skipped(plain, state.skipped)
+    return plain
 
 
 def _baked(prepared: nn.Module) -> nn.Module:

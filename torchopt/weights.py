@@ -8,7 +8,7 @@ that the forward pass uses differ (ŵ = s·T[c], masked by m): a mask moves the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -28,6 +28,27 @@ class Skipped:
     name: str
     technique: str
     reason: str
+
+
+NOTE = "_torchopt_skipped"  # of a finalized model: what was left alone on the way, for reports
+
+
+def note_skipped(model: nn.Module, skipped: Sequence[Skipped]) -> None:
+    """Leave a note on a plain model of what was left alone, and why."""
+    model.__dict__[NOTE] = tuple(skipped)
+
+
+def noted(model: nn.Module) -> tuple[Skipped, ...]:
+    """Return that note; nothing for a model without one.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> note_skipped(layer, [Skipped(name="weight", technique="prune", reason="frozen")])
+        >>> [skip.reason for skip in noted(layer)]
+        ['frozen']
+    """
+    found: tuple[Skipped, ...] = model.__dict__.get(NOTE, ())
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -112,8 +133,12 @@ def weights(model: nn.Module) -> list[Weight]:
     return list(found.values())
 
 
-def custom_weights(model: nn.Module) -> list[Weight]:
+def custom_weights(model: nn.Module, *, frozen: bool = False) -> list[Weight]:
     """List the trainable Parameters of two dimensions or more that `weights` does not list: those of anyone's own modules.
+
+    Args:
+        model: the network.
+        frozen: list those that do not train, too.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 2), nn.LayerNorm(2))
@@ -126,7 +151,7 @@ def custom_weights(model: nn.Module) -> list[Weight]:
     found = []
     for module_name, module in model.named_modules():
         for param, value in module._parameters.items():
-            if value is not None and value.dim() > 1 and value.requires_grad and id(value) not in known:
+            if value is not None and value.dim() > 1 and (frozen or value.requires_grad) and id(value) not in known:
                 known.add(id(value))
                 found.append(Weight(module_name=module_name, module=module, param=param, kind="custom", out_axis=0))
     return found

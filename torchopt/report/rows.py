@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.nn.utils import parametrize
 
 from torchopt.compress import finalize
 from torchopt.errors import StateError
@@ -26,7 +28,7 @@ from torchopt.packing import encode
 from torchopt.prune.channels import Shrunken, shrunken_of, skipped_of
 from torchopt.report.stored import stored
 from torchopt.state import find_state, require_state
-from torchopt.weights import Skipped, Weight, is_pruned, weights
+from torchopt.weights import Skipped, Weight, custom_weights, is_pruned, noted, weights
 
 FEW_ZEROS = 0.05  # share of zeros up to which nobody pruned
 
@@ -146,12 +148,44 @@ def entropy_bits(value: np.ndarray) -> float:
 
 def _of_model(model: nn.Module) -> Report:
     found = require_state(model, "report") if find_state(model) is not None else None
-    inner, skipped = (found[0], found[1].skipped) if found else (model, [])
+    inner, skipped = (found[0], found[1].skipped) if found else (model, list(noted(model)))
     masked = {weight.name for weight in weights(inner) if is_pruned(weight.module, weight.param)}
     shown = _as_baked(model) if found else inner
     known = grids(shown)
-    rows = [_weight_row(weight, known.get(weight.name), masked=weight.name in masked) for weight in weights(shown)]
+    shown_weights = [*weights(shown), *_of_no_layer(shown)]
+    rows = [_weight_row(weight, known.get(weight.name), masked=weight.name in masked) for weight in shown_weights]
+    if known:
+        skipped = [*skipped, *_without_integers(shown_weights, rows, skipped, known)]
     return Report(rows=rows, skipped=[*skipped_of(inner), *skipped], shrunken=shrunken_of(inner))
+
+
+def _of_no_layer(shown: nn.Module) -> list[Weight]:
+    """Parameters of anyone's own modules; those that a parametrization computes a weight from are in the weight's row."""
+    if find_state(shown):  # ranges are not known yet, and what learns them stands between the layers
+        return []
+    return [w for w in custom_weights(shown, frozen=True) if not isinstance(w.module, parametrize.ParametrizationList)]
+
+
+def _without_integers(found: list[Weight], rows: list[Row], skipped: list[Skipped], known: dict[str, Grid]) -> list[Skipped]:
+    """A reason for each weight of a quantized model that has neither integers, nor half precision, nor a reason."""
+    told = {skip.name for skip in skipped if skip.technique == "quantize"}
+    written = [weight for weight in found if weight.name in known]
+    left = []
+    for weight, row in zip(found, rows, strict=True):
+        if weight.name in known or "float16" in row.techniques or told & {weight.name, weight.module_name}:
+            continue
+        left.append(Skipped(name=weight.name, technique="quantize", reason=_why_float(weight, written)))
+    return left
+
+
+def _why_float(weight: Weight, written: list[Weight]) -> str:
+    value = weight.value
+    twin = next((w for w in written if w.value.shape == value.shape and torch.equal(w.value, value)), None)
+    if twin is not None:
+        return f"has the values of {twin.name}, which is written as integers; this copy stays float"
+    if weight.kind == "custom":
+        return "is read by code of the model's own, not as the weight of a known layer; it stays float"
+    return "no rule quantizes it, or its layer was left float; it stays float"
 
 
 def _as_baked(prepared: nn.Module) -> nn.Module:
