@@ -1,5 +1,7 @@
 """Each weight without integers has its row and its reason in `report`, and its line in `inspect`, also after `finalize`."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -49,6 +51,20 @@ def test_parameters_of_own_code_and_layers_without_a_rule(tmp_path, mode) -> Non
         "a.weight": mode == "static", "b.weight": mode == "static", "free.weight": False, "mix": False,
     }  # fmt: skip
     assert layers["mix"].reason == layers["free.weight"].reason == "its weight is float"
+
+
+def test_a_table_on_a_parameter_that_forward_reads_is_copied_and_baked() -> None:
+    """Two values are found in it, as an earlier round would have left them."""
+    torch.manual_seed(0)
+    net, x = Flow().eval(), torch.randn(16, 8)
+    ready = torchopt.prepare(net, [torchopt.Rule("*", quantize=torchopt.Quantize())], example_inputs=(x[:1],))
+    torchopt.calibrate(ready, [x], progress=False)
+    assert "parametrizations.mix.original" in dict(ready.named_parameters())
+    final = torchopt.finalize(ready)
+    torch.testing.assert_close(final.mix, net.mix, rtol=0, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(final(x), ready.eval()(x), rtol=0, atol=0)
+        torch.testing.assert_close(copy.deepcopy(ready)(x), ready(x), rtol=0, atol=0)
 
 
 def test_standardized_convolutions_are_in_both_tables(tmp_path) -> None:

@@ -188,7 +188,21 @@ class QuantizableGraph(fx.GraphModule):
     """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizableGraph:
-        twin: Any = super().__deepcopy__(memo)
+        own, tables = type(self), self._modules.get("parametrizations")
+        computed = [] if tables is None else list(tables._modules)
+        for name in computed:  # a table on a parameter that the graph reads: fx copies that by its name, which the class computes
+            self.__dict__[name] = torch.empty(0)
+        self.__class__ = own.__bases__[0] if computed else own
+        try:
+            twin: Any = super().__deepcopy__(memo)
+        finally:
+            self.__class__ = own
+            for name in computed:
+                del self.__dict__[name]
+        for name in computed:
+            twin._buffers.pop(name, None)
+            twin.__dict__.pop(name, None)
+        twin.__class__ = own
         kept = {name: value for name, value in self.__dict__.items() if name in KEPT}
         twin.__dict__.update(copy.deepcopy(kept, memo))
         return twin  # type: ignore[no-any-return]
