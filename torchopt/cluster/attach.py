@@ -183,8 +183,9 @@ def refit(model: nn.Module, importance: Mapping[str, Tensor] | None = None) -> N
         value, mask, masses = weight.trainable.detach(), _mask(weight), (importance or {}).get(weight.name)
         if mask is not None and not bool(mask.any()):
             continue
+        room, pinned = shared.table.shape[1], shared.pinned
         fitted = tables(
-            value, mask, shared.config, out_axis=shared.out_axis, pinned=shared.pinned, preserve=True, importance=masses, few=True
+            value, mask, shared.config, out_axis=shared.out_axis, pinned=pinned, preserve=True, importance=masses, room=room
         )
         assert not isinstance(fitted, str)
         last = fitted[:, -1:].expand(-1, shared.table.shape[1] - fitted.shape[1])

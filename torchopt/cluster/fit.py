@@ -27,7 +27,7 @@ def tables(
     pinned: bool,
     preserve: bool,
     importance: Tensor | None = None,
-    few: bool = False,
+    room: int | None = None,
 ) -> Tensor | str:
     """Return a table for each group of channels (groups, k), of the weight's dtype, or say why the weight should have none.
 
@@ -39,7 +39,7 @@ def tables(
         pinned: entry 0 of each group is 0.
         preserve: few distinct values are those of an earlier round, and stay.
         importance: masses of the weights, of their shape.
-        few: a weight of no more distinct values than clusters has a table too.
+        room: entries that a table has already, which a new one must fit into; then a weight of few distinct values has a table too.
 
     Example:
         >>> weight = torch.tensor([[1.0, 1.0, 1.2, 3.0], [3.2, 3.0, 1.0, 1.2]])
@@ -51,19 +51,23 @@ def tables(
     rows, kept = _rows(value, groups, out_axis), None if mask is None else _rows(mask, groups, out_axis).astype(bool)
     found = [np.unique(row if kept is None else row[kept[i]]) for i, row in enumerate(rows)]
     reason = _too_few(found, rows.shape[1], config, preserve)
-    if reason and not few:
+    if reason and room is None:
         return reason
     masses = None if importance is None else _rows(importance, groups, out_axis)
     entries = []
     for i, distinct in enumerate(found):
         chosen = slice(None) if kept is None else kept[i]
-        entries.append(_table(rows[i][chosen], distinct, config, pinned, None if masses is None else masses[i][chosen]))
+        entries.append(_table(rows[i][chosen], distinct, config, pinned, None if masses is None else masses[i][chosen], room))
     return torch.from_numpy(_padded(entries)).to(value.dtype).to(value.device)
 
 
-def _table(values: Array, distinct: Array, config: Cluster, pinned: bool, importance: Array | None) -> Array:
+def _table(
+    values: Array, distinct: Array, config: Cluster, pinned: bool, importance: Array | None, room: int | None = None
+) -> Array:
     """The entries of one group, ascending, but a pinned 0 first."""
-    if len(distinct[distinct != 0] if pinned else distinct) <= config.n_clusters and len(distinct) <= MOST_CLUSTERS - pinned:
+    own = distinct[distinct != 0] if pinned else distinct
+    fit = room is None or len(own) + pinned <= room
+    if fit and len(own) <= config.n_clusters and len(distinct) <= MOST_CLUSTERS - pinned:
         entries: Array = distinct.astype(np.float64)
     elif pinned and config.n_clusters == 2:
         raise RuleError("cluster: n_clusters=2 with zero kept leaves one other value for both signs; use n_clusters=3 or more")
