@@ -1,7 +1,8 @@
 """What a batch means: tensors, tuples, dicts, or (input, label) pairs, turned into the arguments of a model's forward.
 
-A pair is ambiguous: (a, b) may be two inputs, or an input and its label. The model decides: as many leading entries are inputs
-as its `forward` takes positional arguments without a default; what is left over is the label.
+A pair is ambiguous: (a, b) may be two inputs, or an input and its label. The example inputs that a model was prepared with decide: as
+many leading entries are inputs as they were; what is left over is the label. Without them it is the model's `forward`, by the arguments
+that it takes without a default.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from torchopt.errors import DataError
+from torchopt.state import find_state
 
 Batch = torch.Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -60,12 +62,15 @@ def ordinary(value: Any) -> Any:
     return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x, value)
 
 
-def model_inputs(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def model_inputs(
+    model: nn.Module, batch: Batch, example_inputs: Sequence[Any] | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Split a batch into the positional and keyword arguments of `model.forward`; labels are dropped.
 
     Args:
         model: the network that the batch is for.
         batch: a tensor, a tuple or list (inputs, perhaps followed by labels), or a dict of keyword arguments.
+        example_inputs: one call's positional arguments; by default those that the model was prepared with.
 
     Returns:
         `(args, kwargs)` for `model(*args, **kwargs)`.
@@ -86,11 +91,11 @@ def model_inputs(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[
         accepted = _keyword_names(model)
         return (), {k: v for k, v in batch.items() if accepted is None or k in accepted}
     if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) > 0:
-        return tuple(batch[: _input_count(model, len(batch))]), {}
+        return tuple(batch[: _input_count(model, len(batch), example_inputs)]), {}
     raise DataError(f"batch: got {type(batch).__name__}; a tensor, a non-empty tuple or list, or a dict is needed")
 
 
-def labels(model: nn.Module, batch: Batch) -> torch.Tensor | None:
+def labels(model: nn.Module, batch: Batch, example_inputs: Sequence[Any] | None = None) -> torch.Tensor | None:
     """Return the label tensor of an (input, label) batch, or None when the batch has inputs only.
 
     Example:
@@ -102,7 +107,7 @@ def labels(model: nn.Module, batch: Batch) -> torch.Tensor | None:
         return found if isinstance(found, torch.Tensor) else None
     if isinstance(batch, torch.Tensor):
         return None
-    count = _input_count(model, len(batch))
+    count = _input_count(model, len(batch), example_inputs)
     return batch[count] if len(batch) > count else None
 
 
@@ -130,8 +135,17 @@ def _parameters(model: nn.Module) -> list[inspect.Parameter]:
     return list(inspect.signature(target.forward).parameters.values())
 
 
-def _input_count(model: nn.Module, available: int) -> int:
-    """How many leading entries of a sequence are inputs: required positionals, all of them for `*args`."""
+def _input_count(model: nn.Module, available: int, example_inputs: Sequence[Any] | None = None) -> int:
+    """How many leading entries of a sequence are inputs: those of the example, else required positionals, all of them for `*args`.
+
+    Raises:
+        DataError: there are fewer.
+    """
+    shown = _shown(model) if example_inputs is None else len(example_inputs)
+    if shown:
+        if available < shown:
+            raise DataError(f"batch: has {available} entries; the example inputs that the model was prepared with are {shown}")
+        return shown
     parameters = _parameters(model)
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return max(1, available - 1)
@@ -140,6 +154,12 @@ def _input_count(model: nn.Module, available: int) -> int:
     if available < required:
         raise DataError(f"batch: has {available} entries; {type(model).__name__}.forward takes {required} inputs")
     return max(1, required)
+
+
+def _shown(model: nn.Module) -> int:
+    """How many example inputs the model was prepared with; 0 where that is not known."""
+    found = find_state(model)
+    return len(found[1].example_inputs or ()) if found is not None else 0
 
 
 def _keyword_names(model: nn.Module) -> set[str] | None:

@@ -135,7 +135,7 @@ def _rebuild(fresh: nn.Module, header: Header, tensors: Mapping[str, torch.Tenso
     """Give the network the modules and tensors that the file's tensors need."""
     if "prepared" in header:
         saved = header["prepared"]
-        inputs = None if saved["inputs"] is None else tuple(_example(shape, dtype) for shape, dtype in saved["inputs"])
+        inputs = None if saved["inputs"] is None else tuple(map(_example, saved["inputs"]))
         rules = [build(Rule, rule, ("rules", i)) for i, rule in enumerate(saved["rules"])]
         found = {name: tuple(counts) for name, counts in saved["found"].items()}
         for name, parameter in fresh.named_parameters(remove_duplicate=False) if "frozen" in saved else ():
@@ -217,7 +217,11 @@ def _read(path: Path) -> tuple[Header, dict[str, torch.Tensor]]:
     return header, tensors
 
 
-def _example(shape: list[int], dtype: str) -> torch.Tensor:
+def _example(told: Any) -> Any:
+    """An input of the shape and type that were saved; what is no tensor, itself."""
+    if isinstance(told, Mapping):
+        return told["value"]
+    shape, dtype = told
     return torch.zeros(shape, dtype=getattr(torch, dtype))
 
 

@@ -145,9 +145,12 @@ def advance(prepared: nn.Module, state: State) -> int:
 def calibrate(model: nn.Module, batches: Iterable[Batch], *, progress: bool = True) -> nn.Module:
     """Run data through the observers of a prepared model, in place: post-training quantization, or a start for training.
 
+    Where fallback="auto" has left all layers in float, there is nothing to do.
+
     Args:
         model: what `prepare` returned.
-        batches: tensors, tuples, dicts or (input, label) pairs.
+        batches: tensors, tuples, dicts or (input, label) pairs; the leading entries of a tuple are as many inputs as there were example
+            inputs.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -155,12 +158,19 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], *, progress: bool = Tr
 
     Raises:
         StateError: the model was not prepared, or nothing in it observes data.
-        DataError: no batch, or NaN in one.
+        DataError: no batch, NaN in one, or one that does not fit the example inputs.
     """
     prepared, state = require_state(model, "calibrate")
+    if not quantization.observes(prepared) and _asks_for_ranges(state):
+        return model
     quantization.calibrate(prepared, each(batches), origin=state.origin.network, progress=progress)
     state.origin.network = None
     return model
+
+
+def _asks_for_ranges(state: State) -> bool:
+    """True where a rule asks for activations on grids: if none is there, all its layers were left float."""
+    return any(rule.quantize is not None and rule.quantize.mode == "static" for rule in state.rules)
 
 
 @alone()
@@ -263,8 +273,14 @@ def _frozen(pairs: list[tuple[Weight, Any]], technique: str) -> list[Skipped]:
     return [Skipped(name=name, technique=technique, reason="frozen (requires_grad=False)") for name in frozen]
 
 
-def _signature(example_inputs: tuple[Any, ...] | None) -> list[tuple[list[int], str]] | None:
-    """Shapes and dtypes of the example inputs, enough to trace the model again when a checkpoint is loaded."""
+def _signature(example_inputs: tuple[Any, ...] | None) -> list[Any] | None:
+    """Shapes and dtypes of the example inputs, enough to trace the model again when a checkpoint is loaded; plain values as they are."""
     if example_inputs is None:
         return None
-    return [(list(x.shape), str(x.dtype).removeprefix("torch.")) for x in example_inputs if isinstance(x, torch.Tensor)]
+    plain = (bool, int, float, str)
+    return [
+        (list(x.shape), str(x.dtype).removeprefix("torch."))
+        if isinstance(x, torch.Tensor)
+        else {"value": x if isinstance(x, plain) else None}
+        for x in example_inputs
+    ]

@@ -37,6 +37,7 @@ def sample_gradients(
     *,
     seed: int = 0,
     progress: bool = False,
+    example_inputs: Sequence[Any] | None = None,
 ) -> Iterator[Gradients]:
     """Yield the gradients of the first 128 samples, one sample after the other, in evaluation mode; the model stays as it is.
 
@@ -48,6 +49,7 @@ def sample_gradients(
             projection of the outputs.
         seed: of the projections.
         progress: show a progress bar on stderr.
+        example_inputs: one call's positional arguments, where the model has optional ones: how many entries of a batch are inputs.
 
     Raises:
         DataError: no batch, or a gradient that is not finite.
@@ -67,23 +69,25 @@ def sample_gradients(
         for sample in track(samples, "gradients", enabled=progress):
             empty = False
             with torch.enable_grad():
-                value = _value(model, sample, loss, generator)
+                value = _value(model, sample, loss, generator, example_inputs)
                 gradients = torch.autograd.grad(value, [weight for _, weight in found], allow_unused=True)
             yield {name: gradient for (name, _), gradient in zip(found, gradients, strict=True) if gradient is not None}
     if empty:
         raise DataError("gradients: the loader gave no batch; give at least one, a hundred samples are plenty")
 
 
-def _value(model: nn.Module, sample: Batch, loss: Loss | None, generator: torch.Generator) -> torch.Tensor:
+def _value(
+    model: nn.Module, sample: Batch, loss: Loss | None, generator: torch.Generator, example_inputs: Sequence[Any] | None
+) -> torch.Tensor:
     """The number to differentiate.
 
     Raises:
         DataError: it is not finite.
         ConfigError: it is no scalar, or depends on nothing.
     """
-    args, kwargs = model_inputs(model, sample)
+    args, kwargs = model_inputs(model, sample, example_inputs)
     outputs = model(*args, **kwargs)
-    value = random_projection(outputs, generator) if loss is None else loss(outputs, labels(model, sample))
+    value = random_projection(outputs, generator) if loss is None else loss(outputs, labels(model, sample, example_inputs))
     if value is None and loss is None:
         raise ConfigError("gradients: no output depends on the weights; give a loss")
     if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.requires_grad:

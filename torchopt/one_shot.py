@@ -23,6 +23,7 @@ from torchopt.errors import ConfigError
 from torchopt.gradients import Gradients, Loss, sample_gradients
 from torchopt.refusals import refuse_model
 from torchopt.rules import Rule, assign
+from torchopt.state import require_state
 from torchopt.weights import find_weight
 
 UNSEEN = 0.01  # of the mean importance, added to each weight's: the samples are few, and what they did not touch counts too
@@ -159,7 +160,8 @@ def _gathered(
     """Give the masks of `ready` what their scores gather, and return the importances for k-means, by weight names of `ready`."""
     names = {name: weight.name for name in asked if (weight := find_weight(ready, name)) is not None}
     squares: Gradients = {}
-    for gradients in sample_gradients(plain, list(names), batches, loss, progress=progress):
+    shown = require_state(ready, "one_shot")[1].example_inputs
+    for gradients in sample_gradients(plain, list(names), batches, loss, progress=progress, example_inputs=shown):
         pruning.gather(ready, {names[name]: gradient for name, gradient in gradients.items()})
         for name, gradient in gradients.items():
             if asked[name]:

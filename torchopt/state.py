@@ -34,7 +34,7 @@ class State(nn.Module):
         rules: the rules that the model was prepared with.
         names: the weights that they act on.
         target: the deployment target that quantization aims at.
-        example_inputs: shapes and dtypes of the inputs that the model was traced with, or None.
+        example_inputs: what the model was traced with, or None: shape and dtype of a tensor, {"value": …} of anything else.
         found: the zeros and shared values that an earlier round left, by weight.
         skipped: the weights left alone, and why.
         plan: the sizes of the network before quantization swapped its modules (`torchopt.prune.plan`).
@@ -50,7 +50,7 @@ class State(nn.Module):
         rules: Sequence[Any],
         names: Sequence[str],
         target: str,
-        example_inputs: list[tuple[list[int], str]] | None = None,
+        example_inputs: Sequence[Any] | None = None,
         found: Mapping[str, tuple[int, int]] | None = None,
         skipped: Sequence[Skipped] = (),
         plan: Mapping[str, Any] | None = None,

@@ -64,6 +64,7 @@ class ActivationQuantizer(FakeQuantizeBase):
     max_val: torch.Tensor
     scale: torch.Tensor
     zero_point: torch.Tensor
+    aside = False  # True while `rounding` is set for a while and not by the buffer
     learn = False  # no scale that is trained
 
     def __init__(
@@ -121,7 +122,8 @@ class ActivationQuantizer(FakeQuantizeBase):
     def train(self, mode: bool = True) -> ActivationQuantizer:
         """Set the mode; in evaluation flags and zero point are those of the buffers, which an average or a copy may have written."""
         super().train(mode)
-        self._mirror()
+        if not self.aside:
+            self._mirror()
         if not mode:
             self.settle()
         return self

@@ -5,7 +5,8 @@ Each observer sees each batch once and keeps state of a fixed size; the ranges a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from torchopt.quantize.naming import name_of_value
 from torchopt.quantize.output_error import choose_ranges
 from torchopt.quantize.pieces import Call, in_pieces, samples_of
 from torchopt.quantize.proving import prove, prove_training
+from torchopt.state import find_state
 from torchopt.weights import weights
 
 
@@ -67,7 +69,7 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], *, origin: nn.Module |
     training = model.training
     model.eval()
     try:
-        calls, samples = ahead(model, _proven(origin, model, in_pieces(model, _calls(model, batches))))
+        calls, samples = ahead(model, _proven(origin, model, in_pieces(model, _calls(model, batches), _lengths(model))))
         if _observe(model, list(quantizers.values()), track(calls, "calibrate", enabled=progress)) == 0:
             raise DataError("calibrate: the loader gave no batch; give at least one")
         for name, quantizer in quantizers.items():
@@ -125,16 +127,45 @@ def _calls(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Call]:
     """Yield the arguments of one call a batch.
 
     Raises:
-        DataError: a batch is not finite.
+        DataError: a batch is not finite, or does not fit the example inputs.
     """
     for count, batch in enumerate(batches):
         args, kwargs = model_inputs(model, batch)
+        _fits(model, args, count)
         given = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.is_floating_point())
         if not all(_is_finite(x) or _is_mask(x) for x in given):
             raise DataError(f"calibrate: batch {count} holds NaN or infinity; clean the data")
         if samples_of((args, kwargs)) == 0:
             raise DataError(f"calibrate: batch {count} holds no sample; leave empty batches out")
         yield args, kwargs
+
+
+def _lengths(model: nn.Module) -> list[int | None]:
+    """The lengths of the example inputs along the first axis; None for what has none."""
+    found = find_state(model)
+    shown = found[1].example_inputs or () if found is not None else ()
+    return [told[0][0] if not isinstance(told, Mapping) and told[0] else None for told in shown]
+
+
+def _fits(model: nn.Module, args: tuple[Any, ...], count: int) -> None:
+    """Compare the inputs after the first with the example inputs: a label in the place of one would pass for it.
+
+    Raises:
+        DataError: one is of another kind.
+    """
+    found = find_state(model)
+    shown = found[1].example_inputs or () if found is not None else ()
+    for place, (x, told) in enumerate(zip(args, shown, strict=False)):
+        if place == 0 or not isinstance(x, torch.Tensor) or isinstance(told, Mapping):
+            continue
+        shape, name = told
+        dtype = getattr(torch, name)
+        same_kind = x.is_floating_point() == dtype.is_floating_point and (x.dtype == torch.bool) == (dtype == torch.bool)
+        if not same_kind or (x.dim() != len(shape) and x.dim() and shape):
+            raise DataError(
+                f"calibrate: entry {place} of batch {count} is {str(x.dtype).removeprefix('torch.')} of shape {list(x.shape)}, in the "
+                f"example inputs it is {name} of shape {list(shape)}; give the inputs as they were there, labels after them"
+            )
 
 
 def _is_finite(x: torch.Tensor) -> bool:

@@ -50,6 +50,7 @@ class Fused(nn.Module):
         bn: the batch norm fused in, or None.
         act: the activation fused in, or None.
         shift: what bias correction adds to each channel before the activation, while the weight is rounded; None without it.
+        aside: True while `rounding` is set for a while and not by the buffer (`corrections.walk.rounding`).
         shifts: True where it is not 0, so that training need not add it.
         reach: where the grid of each channel ends, as a fraction of the largest |w|; None is 1 (8 bits, learned scales).
         reads: the quantizer of the input, where the runtime keeps the bias as an integer, in steps of both scales; else None.
@@ -68,6 +69,7 @@ class Fused(nn.Module):
     reach: torch.Tensor | None
     shift: torch.Tensor | None
     shifts: bool = False
+    aside: bool = False
     reads: Any
     held: tuple[torch.Tensor, torch.Tensor | None] | None = None
     scale_in_use: torch.Tensor | None = None
@@ -270,7 +272,7 @@ class Fused(nn.Module):
         """Return the float layer that this one was made of, with its attributes and without anything of ours."""
         base = next(c for c in type(self).__mro__ if c.__module__.startswith("torch.nn."))
         plain: nn.Module = base.__new__(base)  # type: ignore[call-overload]
-        ours = {"config", "bits", "rounding", "frozen", "reads", "scale_in_use", "shifts", "_shares"}
+        ours = {"config", "bits", "rounding", "frozen", "reads", "scale_in_use", "shifts", "aside", "_shares"}
         plain.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in self.__dict__.items() if k not in ours})
         plain.__dict__.update(_buffers={}, _modules={}, _parameters=dict.fromkeys(("weight", "bias")))
         return plain
@@ -284,7 +286,9 @@ class Fused(nn.Module):
     def train(self, mode: bool = True) -> Fused:
         """Set the mode; a frozen batch norm stays in evaluation. Flags are those of the buffers, which a copy may have written."""
         super().train(mode)
-        self.rounding, self.frozen = bool(self.fake_quant_enabled), bool(self.bn_frozen)
+        if not self.aside:
+            self.rounding = bool(self.fake_quant_enabled)
+        self.frozen = bool(self.bn_frozen)
         if self.frozen and self.bn is not None:
             self.bn.eval()
         return self

@@ -79,7 +79,9 @@ class QuantizedRecurrent(nn.Module):
         """Return the plain layer with its weights on their grids."""
         base = next(c for c in type(self).__mro__ if c.__module__.startswith("torch.nn.") and c is not nn.Module)
         plain: nn.Module = base.__new__(base)  # type: ignore[call-overload]
-        plain.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("config", "bits", "rounding", "_shares")})
+        plain.__dict__.update(
+            {k: v for k, v in self.__dict__.items() if k not in ("config", "bits", "rounding", "aside", "_shares")}
+        )
         plain.__dict__["_buffers"] = {k: v for k, v in self._buffers.items() if k not in ("fake_quant_enabled", ONE_SCALE)}
         for param in self.rounded_params:
             scale, snapped = self.scale(param), self.snapped(param)

@@ -273,6 +273,7 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...] = ()) -> tuple[Quant
                     raise ModelError(_untraceable(model, error)) from error
             else:
                 break
+    _require(graph, example_inputs)
     return _traced(model, graph), leaves
 
 
@@ -323,6 +324,13 @@ def _call_linear_layers(model: nn.Module, graph: fx.Graph) -> None:
                 call = graph.call_function(torch.add, (call, apart))
         node.replace_all_uses_with(call)
         graph.erase_node(node)
+
+
+def _require(graph: fx.Graph, example_inputs: tuple[Any, ...]) -> None:
+    """Take the defaults away from what the example gives: the graph is that of a call with it, and says so by its signature."""
+    for node, given in zip(graph.find_nodes(op="placeholder"), example_inputs, strict=False):
+        if given is not None and not str(node.target).startswith("*"):
+            node.args = ()
 
 
 def _left_out(model: nn.Module, example_inputs: tuple[Any, ...]) -> dict[str, Any]:

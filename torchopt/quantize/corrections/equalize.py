@@ -37,6 +37,7 @@ from torchopt.quantize.fuse import ends_of
 from torchopt.quantize.kernels import IntegerKernel
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.pieces import Call, spread
+from torchopt.quantize.proving import as_float
 from torchopt.surgery import module_of
 from torchopt.weights import Weight
 
@@ -86,8 +87,8 @@ def equalize(model: nn.Module, calls: Sequence[Call]) -> int:
     if not isinstance(model, fx.GraphModule):
         raise ModelError(f"equalize: {type(model).__name__} is not a traced model; use mode='static'")
     peaks, few = Peaks(model), spread(calls, PROOF)
+    before = [run(model, call, under=as_float) for call in few]
     with rounding(model, enabled=False), folded_once(model.modules()):
-        before = [run(model, call) for call in few]
         for args in ordered(model, calls):
             peaks.run(*args)
     for node, peak in peaks.found.items():
@@ -111,8 +112,8 @@ def _proved(model: nn.Module, wanted: list[Group], calls: Sequence[Call], before
             _scale(group, scales[group])
         for layer in _layers(wanted):
             _see(layer)
-        with rounding(model, enabled=False), folded_once(model.modules()):
-            return all(difference(was, run(model, call)) <= TOLERANCE for was, call in zip(before, calls, strict=True))
+        now = (run(model, call, under=as_float) for call in calls)
+        return all(difference(was, is_now) <= TOLERANCE for was, is_now in zip(before, now, strict=True))
 
     kept = largest_part(wanted, stands)
     if len(kept) < len(wanted):

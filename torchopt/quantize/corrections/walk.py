@@ -109,15 +109,17 @@ def holds_table(layer: Fused) -> bool:
 def rounding(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     """Evaluation mode with every quantizer on (or off), whatever the milestones say, and back."""
     parts = [m for m in model.modules() if isinstance(m, Fused | ActivationQuantizer | IntegerKernel)]
-    before, training = [part.rounding for part in parts], model.training
+    training = model.training
     model.eval()
+    before = [(part.rounding, getattr(part, "aside", False)) for part in parts]
     try:
         for part in parts:  # which side a value falls to that lies on the border, corrections need not know
             part.rounding = enabled and not isinstance(part, IntegerKernel)
+            part.__dict__["aside"] = True  # a change of mode leaves the flag alone
         yield
     finally:
-        for part, was in zip(parts, before, strict=True):
-            part.rounding = was
+        for part, (was, aside) in zip(parts, before, strict=True):
+            part.rounding, part.__dict__["aside"] = was, aside
         model.train(training)
 
 
