@@ -36,6 +36,8 @@ from torchopt.rules import Assigned, Rule, assign, checked
 from torchopt.state import ATTRIBUTE, State, require_state, require_states
 from torchopt.weights import Skipped, Weight, custom_weights, find_weight, note_skipped, weights
 
+UNUSED = "its result is not used"
+
 
 @alone()
 def prepare(
@@ -238,12 +240,15 @@ def _attach(
     there = {weight.name: weight for weight in weights(model)}
     masks: list[tuple[Weight, Prune]] = []
     tables: list[tuple[Weight, Cluster]] = []
+    unused: list[Skipped] = []  # quantization has left them out of its graph, and reported so for itself
+    there_is = dict(model.named_modules())
     for name in dict.fromkeys([*by_name, *found]):
         weight, rule = there.get(name) or find_weight(model, name), by_name.get(name, Rule())
-        if weight is None and not (rule.prune or rule.cluster or name in found):
-            continue  # the forward does not use it: quantization has reported that
-        if weight is None:
+        if weight is None and name.rpartition(".")[0] in there_is:
             raise RuleError(f"prepare: {name} has no counterpart in the quantized model; leave it out of quantization")
+        if weight is None:
+            unused += [Skipped(name=name, technique=technique, reason=UNUSED) for technique in _asked(rule)]
+            continue
         zeros, distinct = found.get(name, (0, 0))
         own = rule.prune is not None and rule.prune.scope != "coupled"
         if own or (zeros and not (coupled is not None and name in coupled.tensors)):
@@ -251,7 +256,7 @@ def _attach(
             masks.append((weight, rule.prune if own and rule.prune else kept))
         if rule.cluster or distinct - bool(zeros) > 1:  # one value beside zero is no table
             tables.append((weight, rule.cluster or Cluster(n_clusters=max(2, distinct), include_depthwise=True)))
-    skipped = _frozen(masks, "prune") + _frozen(tables, "cluster")
+    skipped = unused + _frozen(masks, "prune") + _frozen(tables, "cluster")
     masks, tables = _trainable(masks), _trainable(tables)
     skipped += pruning.attach(masks, preserve=bool(found)) if masks else []
     if coupled is not None:
@@ -259,6 +264,10 @@ def _attach(
         skipped += coupled.skipped
     skipped += clustering.attach(tables, preserve=bool(found)) if tables else []
     return skipped
+
+
+def _asked(rule: Rule) -> list[str]:
+    return [technique for technique in ("prune", "cluster") if getattr(rule, technique) is not None]
 
 
 def _trainable(pairs: list[tuple[Weight, Any]]) -> list[tuple[Weight, Any]]:
