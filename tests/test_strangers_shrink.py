@@ -239,6 +239,34 @@ def test_padding_at_the_edges_of_a_picture_ties_no_channels():
     assert torchopt.shrink(built(Padded), (IMAGE,), ratio=0.5).a.out_channels == 16
 
 
+def test_a_blur_kernel_stretched_over_the_channels_ties_nothing():
+    class Blurred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = C(3, 32, 3), C(32, 5, 1)
+            self.register_buffer("kernel", torch.rand(1, 1, 3, 3))
+
+        def forward(self, x):
+            y = F.relu(self.a(x))
+            return self.b(F.conv2d(y, self.kernel.expand(y.shape[1], 1, 3, 3), groups=y.shape[1]))
+
+    assert torchopt.shrink(built(Blurred), (IMAGE,), ratio=0.5).a.out_channels == 16
+
+
+def test_batch_norm_over_weights_or_nodes_sees_the_channels_that_are_left():
+    class Standardized(C):
+        def forward(self, x):
+            weight = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True)
+            return F.conv2d(x, weight.reshape_as(self.weight), self.bias)
+
+    small = torchopt.shrink(
+        built(lambda: S(Standardized(3, 32, 3), nn.ReLU(), Standardized(32, 64, 3), nn.ReLU(), C(64, 5, 1))), (IMAGE,), ratio=0.5
+    )
+    assert (small[0].out_channels, small[2].out_channels) == (16, 32)
+    nodes = built(lambda: S(L(8, 32), nn.BatchNorm1d(6), L(32, 3)))
+    assert torchopt.shrink(nodes, (STEPS,), ratio=0.5)[0].out_features == 16
+
+
 class Split(nn.Module):
     """Half of the channels go on as they are, as in detectors."""
 

@@ -27,7 +27,7 @@ from torchopt.prune.channels.call import Call
 from torchopt.prune.channels.cut import Removed
 from torchopt.prune.channels.fixed import held_still
 from torchopt.prune.channels.outputs import tensors_of
-from torchopt.prune.channels.rules import NORMS, SOFTMAXES, STATISTICS
+from torchopt.prune.channels.rules import NORMS, SOFTMAXES, STATISTICS, TRAINED_NORMS
 
 TOLERANCE = 1e-4  # of the largest output: float32, summed in another order
 LOOSE = 1e-2  # in training mode, where batch norm over few values makes roundings larger
@@ -66,7 +66,7 @@ class Proof:
         cuts: Iterable[Callable[[nn.Module], nn.Module | None]],
         trained: Sequence[Gone] = (),
     ) -> tuple[str, int]:
-        """Try several ways to cut the network; return what is wrong with the last, or the place of the first that is right.
+        """Try several ways to cut the network; return what is wrong with the first, or the place of the first that is right.
 
         Args:
             removed: for each axis of its tensors, what the cut removes.
@@ -82,7 +82,7 @@ class Proof:
         _zero(zeroed, removed, self.masked)
         expected, _ = _answers(zeroed, self.inputs, statistics)
         in_training: list[torch.Tensor] | None = None
-        problem = ""
+        first = ""
         for place, make in enumerate(cuts):
             small = make(self.whole)
             if small is None:
@@ -98,7 +98,8 @@ class Proof:
                 problem = problem and f"in training mode, {problem}"
             if not problem:
                 return "", place
-        return problem, -1
+            first = first or problem
+        return first, -1
 
     def _for_training(self) -> Arguments | None:
         """Inputs for training mode; None where the network does not take them so, shrunken or not."""
@@ -247,6 +248,8 @@ class _WithoutRemoved(TorchDispatchMode):
             result, *others = _norm_of_left(call, left)
             return _spread(result, left, x.shape), *others
         result = func(_picked(x, left), *args[1:], **(kwargs or {}))
+        if call.name in TRAINED_NORMS:
+            return _spread(result[0], left, x.shape), *result[1:]
         return _spread(result, left, x.shape) if call.name in SOFTMAXES else result
 
 

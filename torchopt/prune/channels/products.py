@@ -122,7 +122,7 @@ def _grouped(trace: Trace, known: Axes | None, weight: torch.Tensor, kernel: Axe
     made, channels = kernel[0], known[1] if known is not None else None
     if weight.shape[1] == 1:
         if known is not None:
-            meet(trace, [made, None if channels is None else np.repeat(channels, weight.shape[0] // groups)])
+            made = meet(trace, [made, None if channels is None else np.repeat(channels, weight.shape[0] // groups)])
         return made
     if known is not None:
         for part in [None] if channels is None else np.split(channels, groups):

@@ -213,9 +213,9 @@ def _renewed(whole: nn.Module, small: nn.Module, found: Renewals, kinds: Kinds) 
 
 
 def _stale(renewal: Renewal) -> Skipped:
-    now = " or ".join(map(str, renewal.options))
+    now, what = " or ".join(map(str, renewal.options)), "what was so wide" if renewal.sure else "some of what was so wide"
     return Skipped(
         name=renewal.number.name,
         technique="shrink",
-        reason=f"still says {renewal.number.value}, and what was so wide is {now} now; the forward pass does not need it changed",
+        reason=f"still says {renewal.number.value}, and {what} is {now} now; the forward pass does not need it changed",
     )

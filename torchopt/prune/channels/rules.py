@@ -29,9 +29,12 @@ if TYPE_CHECKING:
 SUMS = {"sum", "norm", "linalg_vector_norm"}
 SOFTMAXES = {"_log_softmax", "_safe_softmax", "_softmax"}
 NORMS = {"native_layer_norm", "native_group_norm"}
-STATISTICS = SOFTMAXES | NORMS | {"amax", "amin", "logsumexp", "max", "mean", "min", "std", "std_mean", "var", "var_mean"}
+TRAINED_NORMS = {"_native_batch_norm_legit", "cudnn_batch_norm", "native_batch_norm"}  # statistics of the batch, if it says so
+STATISTICS = (
+    SOFTMAXES | NORMS | TRAINED_NORMS | {"amax", "amin", "logsumexp", "max", "mean", "min", "std", "std_mean", "var", "var_mean"}
+)
 OTHERS = {"all", "any", "argmax", "argmin", "cumprod", "cumsum", "logcumsumexp", "median", "prod", "sort", "topk"}
-BATCH_NORMS = {"_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "native_batch_norm"}
+BATCH_NORMS = TRAINED_NORMS | {"_native_batch_norm_legit_no_training"}
 SPATIAL = re.compile(r"(?:pool|upsample|pad|grid_sampler)\w*?(\d)d")
 CONSTANTS = re.compile(r"new_\w+|_local_scalar_dense|equal|is_nonzero")
 POINTWISE = {  # beyond those that torch itself marks so
@@ -66,6 +69,8 @@ def _batch_norm(trace: Trace, call: Call) -> None:
     known = [found for found in map(trace.of, call.tensors[1:]) if found is not None]
     channels = meet(trace, [*axes[1:2], *(found[0] for found in known)])
     trace.axes[result] = [axes[0], channels, *axes[2:]]
+    if call.name in TRAINED_NORMS:
+        _see(trace, axes, [d for d in range(x.dim()) if d != 1])
 
 
 def _layer_norm(trace: Trace, call: Call) -> None:
@@ -143,7 +148,7 @@ def _glu(trace: Trace, call: Call) -> None:
 
 RULES: dict[str, Callable[[Trace, Call], None]] = {
     **dict.fromkeys(MOVEMENTS, movement),
-    **dict.fromkeys((STATISTICS - NORMS) | SUMS | OTHERS, _reduction),
+    **dict.fromkeys((STATISTICS - NORMS - TRAINED_NORMS) | SUMS | OTHERS, _reduction),
     **dict.fromkeys(BATCH_NORMS, _batch_norm),
     **dict.fromkeys(("mm", "bmm", "addmm", "baddbmm"), mm),
     **dict.fromkeys(("mv", "dot", "vdot"), mv),
