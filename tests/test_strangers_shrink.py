@@ -267,6 +267,49 @@ def test_batch_norm_over_weights_or_nodes_sees_the_channels_that_are_left():
     assert torchopt.shrink(nodes, (STEPS,), ratio=0.5)[0].out_features == 16
 
 
+class Graph(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.a, self.b, self.c, self.how = L(8, 32), L(32, 32), L(32, 3), how
+
+    def forward(self, x, ends):
+        for layer in (self.a, self.b):
+            sent = layer(x)[ends[0]]
+            still = torch.zeros(len(x), sent.shape[1])
+            if self.how == "index_add":
+                x = still.index_add(0, ends[1], sent)
+            else:
+                x = still.scatter_add(0, ends[1][:, None].expand_as(sent), sent)
+            x = F.relu(x)
+        return self.c(x)
+
+
+@pytest.mark.parametrize("how", ["index_add", "scatter_add"])
+def test_graph_networks_sum_messages_at_their_nodes(how):
+    ends = torch.tensor([[0, 1, 2, 3, 0], [1, 2, 3, 0, 2]])
+    small = torchopt.shrink(built(lambda: Graph(how)), (ROWS, ends), ratio=0.5)
+    assert (small.a.out_features, small.b.out_features) == (16, 16)
+
+
+def test_experts_and_masked_steps():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router, self.head, self.mask = L(8, 4), L(32, 3), nn.Parameter(torch.randn(32))
+            self.experts = nn.ModuleList(S(L(8, 64), nn.ReLU(), L(64, 32)) for _ in range(4))
+
+        def forward(self, x):
+            scores, chosen = self.router(x).softmax(-1).topk(2, -1)
+            made = torch.stack([expert(x) for expert in self.experts], 1)
+            made = made.gather(1, chosen[..., None].expand(-1, -1, made.shape[-1])) * scores[..., None]
+            made[torch.arange(8).view(4, 2) == 3] = self.mask
+            return self.head(made.sum(1))
+
+    small = torchopt.shrink(built(Experts), (ROWS,), ratio=0.5)
+    assert [(e[0].out_features, e[2].out_features) for e in small.experts] == [(32, 16)] * 4
+    assert (small.mask.shape, small.router.out_features) == ((16,), 4)
+
+
 class Split(nn.Module):
     """Half of the channels go on as they are, as in detectors."""
 

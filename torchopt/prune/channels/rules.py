@@ -22,6 +22,7 @@ from torchopt.prune.channels.call import Call
 from torchopt.prune.channels.identity import Axes, real
 from torchopt.prune.channels.movements import MOVEMENTS, cat, channel_shuffle, index, movement, stack
 from torchopt.prune.channels.products import alike, axes_of, broadcast, convolution, embedding, meet, mm, mv, stay
+from torchopt.prune.channels.scatter import along_one_axis, index_put
 
 if TYPE_CHECKING:
     from torchopt.prune.channels.trace import Trace
@@ -156,10 +157,12 @@ RULES: dict[str, Callable[[Trace, Call], None]] = {
     **dict.fromkeys(("index", "index_select"), index),
     **dict.fromkeys(("roi_align", "roi_pool"), _roi),
     **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), channel_shuffle),
+    **dict.fromkeys(("gather", "index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce"), along_one_axis),
     "_weight_norm_interface": _weight_norm,
     "cat": cat,
     "convolution": convolution,
     "glu": _glu,
+    "index_put": index_put,
     "native_group_norm": _group_norm,
     "native_layer_norm": _layer_norm,
     "stack": stack,

@@ -77,5 +77,5 @@ def try_inputs(model: nn.Module, inputs: Arguments) -> None:
         with torch.no_grad():
             inputs.run(model)
     except Exception as error:  # whatever the network's code raises
-        by_name = "" if inputs.kwargs else "; arguments by name are given as a dict"
+        by_name = "" if inputs.kwargs or not isinstance(error, TypeError) else "; arguments by name are given as a dict"
         raise DataError(f"shrink: the network does not take the example inputs: {first_line(error)}{by_name}") from error
