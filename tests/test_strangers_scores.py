@@ -22,6 +22,7 @@ def test_a_step_that_mixed_precision_skips_is_left_out_and_said(score):
     masks = []
     for overflow in (False, True):
         model = torchopt.prepare(net, [Rule("*", prune=config)])
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
         for step in range(3 + overflow):
             model.zero_grad()
             model(torch.randn(4, 8, generator=torch.Generator().manual_seed(step))).square().mean().backward()
@@ -32,6 +33,7 @@ def test_a_step_that_mixed_precision_skips_is_left_out_and_said(score):
                 ):
                     torchopt.step(model)
             else:
+                optimizer.step()
                 torchopt.step(model)
         masks.append([model[i].weight_mask.clone() for i in (0, 1)])
         assert [int(mask.sum()) for mask in masks[-1]] == [32, 32]
