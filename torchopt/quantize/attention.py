@@ -22,8 +22,8 @@ class OpenAttention(nn.Module):
     """Computes what an `nn.MultiheadAttention` does, with the same arguments and results.
 
     Attributes:
-        in_proj: `nn.Linear`, E → 3·E.
-        out_proj: `nn.Linear`, E → E.
+        in_proj: `nn.Linear`, E → 3 · heads · d.
+        out_proj: `nn.Linear`, heads · d → E.
     """
 
     _qkv_same_embed_dim = False  # keeps torch's encoder layers from reading the weights past these layers
@@ -31,6 +31,7 @@ class OpenAttention(nn.Module):
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
         self.embed_dim, self.num_heads, self.batch_first = attention.embed_dim, attention.num_heads, attention.batch_first
+        self.head_dim = len(attention.in_proj_weight) // 3 // attention.num_heads  # not E / heads where heads were removed
         self.in_proj = _linear(attention.in_proj_weight, attention.in_proj_bias)
         self.out_proj = _linear(attention.out_proj.weight, attention.out_proj.bias)
         self.drop = nn.Dropout(attention.dropout)
@@ -55,7 +56,7 @@ class OpenAttention(nn.Module):
         """Return the attended values, of the shape of `query`, and the weights (N, L, S) where asked for."""
         swap = not self.batch_first and query.dim() == 3
         q, k, v = (self._heads(x, swap) for x in self._projected(query, key, value))
-        scores = q @ k.transpose(-2, -1) * (self.embed_dim // self.num_heads) ** -0.5  # (N, heads, L, S)
+        scores = q @ k.transpose(-2, -1) * self.head_dim**-0.5  # (N, heads, L, S)
         for mask in (self._of_heads(attn_mask), _of_keys(key_padding_mask)):
             if mask is not None:
                 scores = scores.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
@@ -75,9 +76,9 @@ class OpenAttention(nn.Module):
         return self.in_proj(query).chunk(3, -1)[0], keys.chunk(3, -1)[1], values.chunk(3, -1)[2]
 
     def _heads(self, x: torch.Tensor, swap: bool) -> torch.Tensor:
-        """(N, L, E) → (N, heads, L, d)."""
+        """(N, L, heads · d) → (N, heads, L, d)."""
         x = x.transpose(0, 1) if swap else x
-        return x.unflatten(-1, (self.num_heads, self.embed_dim // self.num_heads)).transpose(-3, -2)
+        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(-3, -2)
 
     def _of_heads(self, mask: torch.Tensor | None) -> torch.Tensor | None:
         """(L, S) as it is, (N·heads, L, S) → (N, heads, L, S)."""
@@ -108,11 +109,16 @@ def open_attentions(model: nn.Module, assignment: dict[str, Any]) -> tuple[nn.Mo
 def can_open(module: nn.Module) -> bool:
     """True for an attention that projects all its inputs with one matrix and adds nothing to keys and values.
 
+    Other classes compute what they like; one that says `head_dim_is_free` computes the same with heads of any width.
+
     Example:
         >>> can_open(nn.MultiheadAttention(8, 2)), can_open(nn.MultiheadAttention(8, 2, kdim=4))
         (True, False)
     """
-    plain = type(module) is nn.MultiheadAttention and module.in_proj_weight is not None
+    known = type(module) is nn.MultiheadAttention or (
+        isinstance(module, nn.MultiheadAttention) and "head_dim_is_free" in vars(type(module))
+    )
+    plain = known and module.in_proj_weight is not None
     return plain and module.bias_k is None and not module.add_zero_attn  # type: ignore[union-attr]
 
 

@@ -22,6 +22,8 @@ from torchopt.errors import DataError
 class HeadAttention(nn.MultiheadAttention):
     """`nn.MultiheadAttention` with any number of heads of width `head_dim`; `adopt` makes one of an existing module."""
 
+    head_dim_is_free = True  # told to quantization: the same computation, whatever E / heads is
+
     def forward(
         self,
         query: torch.Tensor,
