@@ -222,3 +222,34 @@ def test_a_state_from_before_there_were_seals_is_taken():
     torchopt.finalize(again, unfinished=True)
     hard, made = prepared("table").state_dict(), prepared("table")
     made.load_state_dict({**hard, "0.parametrizations.weight.0.softness": torch.tensor(0.0)})  # was kept of hard tables too
+
+
+def test_codes_that_an_average_left_behind_are_said():
+    """An average that leaves whole numbers as they were: 53 % right where the model was 100 %, without a word."""
+    model = prepared("table")
+    average = copy.deepcopy(model).eval()
+
+    def follow():
+        with torch.no_grad():
+            for mean, now in zip(average.state_dict().values(), model.state_dict().values()):
+                if mean.is_floating_point():
+                    mean.mul_(0.9).add_(now, alpha=0.1)
+
+    fit(model, 60, after=follow)
+    torchopt.finalize(model)  # says nothing
+    with pytest.warns(
+        UserWarning, match=r"finalize: \d\d% of the codes of 0\.weight are not the nearest.*\d\.\d times the error"
+    ):
+        torchopt.finalize(average)
+
+
+def test_weights_swapped_in_through_data_are_masked_in_evaluation():
+    """As Lightning's averages and many of people's own do around a validation."""
+    model = fit(prepared("mask")).eval()
+    x, _ = data()
+    model(x)
+    for parameter in model.parameters():
+        parameter.data.copy_(parameter.data + 1.0)
+    torch.testing.assert_close(model(x), torchopt.finalize(model)(x), rtol=0, atol=0)
+    loss = model(x).sum() + model(x).sum()  # two passes before one backward
+    loss.backward()

@@ -37,6 +37,13 @@ def check_intact(prepared: nn.Module, state: State) -> None:
     found = counter or pruning.damaged(prepared, step) or clustering.damaged(prepared)
     if found:
         raise StateError(f"finalize: {found}; {REMEDY}")
+    stale = clustering.stale(prepared)
+    if stale:
+        warnings.warn(
+            f"finalize: {stale}; call torchopt.step after the last optimizer step, and let an average of models copy what is no "
+            "floating-point tensor, as torchopt.ema_multi_avg_fn does",
+            stacklevel=3,
+        )
 
 
 def check_finished(prepared: nn.Module, step: int) -> None:

@@ -1,7 +1,8 @@
 """Shared values: few distinct weights per layer, found by exact one-dimensional k-means and trained with the model."""
 
-from torchopt.cluster.attach import attach, bake, damaged, evaluations, refit, shared_weights, soft_until, table_of, update
+from torchopt.cluster.attach import attach, bake, refit, shared_weights, soft_until, table_of, update
 from torchopt.cluster.config import Cluster
+from torchopt.cluster.intact import damaged, evaluations, stale
 from torchopt.cluster.kmeans import kmeans, squared_error
 from torchopt.cluster.shared import SharedWeights
 
@@ -17,6 +18,7 @@ __all__ = [
     "shared_weights",
     "soft_until",
     "squared_error",
+    "stale",
     "table_of",
     "update",
 ]

@@ -82,27 +82,9 @@ def update(model: nn.Module, step: int) -> bool:
     return bool(tables)
 
 
-def evaluations(model: nn.Module) -> int:
-    """Return at how many places the tables of `model` were evaluated in training since the last step, at most."""
-    return max((shared.evaluations for _, shared in shared_weights(model)), default=0)
-
-
 def soft_until(model: nn.Module) -> int:
     """Return the optimizer step until which some table of `model` is soft, 0 where none is."""
     return max((shared.config.soft_until for _, shared in shared_weights(model) if shared.soft), default=0)
-
-
-def damaged(model: nn.Module) -> str | None:
-    """Say which codes of `model` are not those that the last step has left, and how that is seen; None where all are."""
-    for weight, shared in shared_weights(model):
-        entries = shared.table.shape[1]
-        if int(shared.codes.max()) >= entries:
-            return f"the codes of {weight.name} go up to {int(shared.codes.max())}, and its table has {entries} entries"
-        if not shared.intact:
-            return f"the codes of {weight.name} are not those that its last step has left"
-        if not bool(torch.isfinite(shared.table).all()):
-            return f"the table of {weight.name} holds NaN or infinity"
-    return None
 
 
 def _refresh(weight: Weight, shared: SharedWeights) -> None:

@@ -31,9 +31,9 @@ def damaged(model: nn.Module, step: int) -> str | None:
         >>> layer = nn.Linear(8, 8)
         >>> _ = attach([(w, Prune(schedule=0.75)) for w in weights(layer)], preserve=True), update(layer, 1)
         >>> damaged(layer, 1)
-        >>> layer.weight_mask[0] = True
+        >>> _ = layer.weight_mask.fill_(True)
         >>> damaged(layer, 1)
-        'the mask of weight keeps 20 of 64 weights, and its schedule 16'
+        'the mask of weight keeps 64 of 64 weights, and its schedule 16'
     """
     for group in groups(installed(model)):
         complaint = next(filter(None, (_not_a_mask(module, mask) for module, mask in group)), None) or _wrong_count(group, step)

@@ -102,10 +102,16 @@ class Mask(BasePruningMethod):
         return leaf
 
     def multiply_(self, module: nn.Module, leaf: nn.Parameter) -> None:
-        """Zero the masked weights of the Parameter in place, unless it has not changed since the last time."""
-        if self.applied != (id(leaf), leaf._version, leaf.data_ptr()):
+        """Zero the masked weights of the Parameter in place, unless it has not changed since the last time.
+
+        Writes through `.data` leave the version alone: in evaluation, where averages of weights are swapped in, the weights are looked at.
+        """
+        if self.applied != (id(leaf), leaf._version, leaf.data_ptr()) or (not module.training and self._spoilt(module, leaf)):
             zero_(leaf, self.mask(module))
             self.applied = (id(leaf), leaf._version, leaf.data_ptr())
+
+    def _spoilt(self, module: nn.Module, leaf: nn.Parameter) -> bool:
+        return bool((leaf.detach().ne(0) & ~self.mask(module)).any())
 
     def mask(self, module: nn.Module) -> torch.Tensor:
         """Return the mask, bool, of the weight's shape."""
