@@ -22,13 +22,14 @@ from torchopt.quantize.config import Quantize
 from torchopt.quantize.corrections import check
 from torchopt.quantize.front import leave_front
 from torchopt.quantize.fuse import fuse
+from torchopt.quantize.graphs import QuantizableGraph
 from torchopt.quantize.in_place import in_place, without_graph
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.placement import place
 from torchopt.quantize.proving import examples, prove, prove_training
 from torchopt.quantize.rounded import share_inputs
 from torchopt.quantize.targets import Target
-from torchopt.quantize.trace import QuantizableGraph, forget, trace
+from torchopt.quantize.trace import forget, trace
 from torchopt.weights import weights
 
 
