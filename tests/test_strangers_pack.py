@@ -11,10 +11,11 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from test_pack_onnx import graph_of, run, weight, write
+from test_web import unpack_in_node
 
 import torchopt
 from torchopt.cli import status
-from torchopt.export import export, older, pack, unpack
+from torchopt.export import decode_initializers, export, older, pack, unpack
 
 W = weight(0.8, 16)
 
@@ -295,6 +296,55 @@ def test_classifiers_that_give_maps_and_recurrent_layers_that_give_little(tmp_pa
     maps, last = zip(*(session(tmp_path / f"{name}.onnx").run(None, feed) for name in "abc"), strict=True)
     assert maps[0] == maps[1] == maps[2]
     np.testing.assert_array_equal(last[0], last[1])
+
+
+def test_the_browsers_unpacking_leaves_weights_in_branches_and_functions_to_the_runtime(tmp_path):
+    documented(tmp_path / "a.onnx")
+    pack(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    done = unpack_in_node(tmp_path / "b.onnx", tmp_path / "c.onnx")
+    assert done.returncode == 0, done.stderr
+    dense = onnx.load(tmp_path / "c.onnx")
+    assert {t.name for t in dense.graph.initializer} >= {"w1", "w2", "k"}
+    feed = {"x": np.random.default_rng(0).standard_normal((3, 96)).astype(np.float32)}
+    for flag in (True, False):
+        outputs = [session(tmp_path / f"{n}.onnx").run(None, feed | {"flag": np.array(flag)})[0] for n in "ac"]
+        np.testing.assert_array_equal(*outputs)
+
+
+def test_reshapes_and_casts_of_others_are_no_damage(tmp_path):
+    text = """<ir_version: 10, opset_import: ["": 21]> g (float[3, 96] x) => (float[3, 128] y, string[6] t)
+        <int64[2] same = {0, -1}, float[6] six = {1, 2, 3, 4, 5, 6}>
+        {r = Reshape (w, same)  c = Cast <to = 1> (r)  y = MatMul (x, c)  t = Cast <to = 8> (six)}"""
+    model = ir.to_proto(ir.from_onnx_text(text))
+    model.graph.initializer.append(numpy_helper.from_array(weight(0.8, 16, np.int8), "w"))
+    onnx.save(model, tmp_path / "a.onnx")
+    values = decode_initializers(tmp_path / "a.onnx")
+    np.testing.assert_array_equal(values["w"], weight(0.8, 16, np.int8))
+    np.testing.assert_array_equal(values["six"], np.arange(1, 7, dtype=np.float32))
+    assert [row.name for row in pack(tmp_path / "a.onnx", tmp_path / "b.onnx").rows] == ["w"]
+
+
+@pytest.mark.parametrize("level", ["BASIC", "EXTENDED", "ALL"])
+def test_files_that_onnx_runtime_has_optimized(tmp_path, level):
+    rng = np.random.default_rng(0)
+    constants = {
+        n: rng.choice(rng.standard_normal(9).astype(np.float32), s) for n, s in (("a", (16, 3, 3, 3)), ("b", (16, 16, 3, 3)))
+    }
+    nodes = [helper.make_node("Conv", ["x", "a"], ["p"]), helper.make_node("Relu", ["p"], ["q"])]
+    nodes += [helper.make_node("Conv", ["q", "b"], ["r"]), helper.make_node("Relu", ["r"], ["y"])]
+    x, y = helper.make_tensor_value_info("x", 1, [1, 3, 8, 8]), helper.make_tensor_value_info("y", 1, None)
+    graph = helper.make_graph(nodes, "g", [x], [y], [numpy_helper.from_array(v, k) for k, v in constants.items()])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "n.onnx")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.optimized_model_filepath = 4, str(tmp_path / "a.onnx")
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, f"ORT_ENABLE_{level}")
+    onnxruntime.InferenceSession(tmp_path / "n.onnx", options, providers=["CPUExecutionProvider"])
+    assert len(pack(tmp_path / "a.onnx", tmp_path / "b.onnx").rows) == 2
+    unpack(tmp_path / "b.onnx", tmp_path / "c.onnx")
+    feed = {"x": rng.standard_normal((1, 3, 8, 8)).astype(np.float32)}
+    outputs = [session(tmp_path / f"{name}.onnx").run(None, feed)[0] for name in "abc"]
+    np.testing.assert_array_equal(outputs[1], outputs[0])
+    np.testing.assert_array_equal(outputs[2], outputs[0])
 
 
 def test_what_export_packs_is_decoded_and_compared_too(tmp_path, monkeypatch):

@@ -83,7 +83,10 @@ def _value(stored: np.ndarray, user: ir.Node, raw: Lookup) -> np.ndarray | None:
     if user.op_type == "DequantizeLinear":
         return _dequantized(stored, user, raw)
     if user.op_type == "Cast":
-        value = stored.astype(ir.DataType(user.attributes["to"].as_int()).numpy())
+        wanted = ir.DataType(user.attributes["to"].as_int())
+        if wanted == ir.DataType.STRING:
+            return None
+        value = stored.astype(wanted.numpy())
         scale = _scale(_reader(user, "Mul"), raw) if stored.dtype.kind == "i" else None
         return value if scale is None else value * scale
     if (
@@ -91,7 +94,7 @@ def _value(stored: np.ndarray, user: ir.Node, raw: Lookup) -> np.ndarray | None:
         and (cast := _reader(user, "Cast")) is not None
         and (shape := _constant(user.inputs[1], raw)) is not None
     ):
-        apart = _value(stored.reshape(shape), cast, raw)
+        apart = _value(_reshaped(stored, shape), cast, raw)
         return None if apart is None else apart.reshape(stored.shape)
     if user.op_type in MOVES and (moved := _moved(stored, user, raw)) is not None:
         return moved
@@ -134,9 +137,14 @@ def _slice(array: np.ndarray, node: ir.Node, operands: list[Any]) -> np.ndarray:
     return array[tuple(parts)]
 
 
+def _reshaped(array: np.ndarray, shape: np.ndarray) -> np.ndarray:
+    """As ONNX has it: 0 keeps the size."""
+    return array.reshape([int(size) or (array.shape[i] if i < array.ndim else 0) for i, size in enumerate(shape.reshape(-1))])
+
+
 MOVES: dict[str, Callable[[np.ndarray, ir.Node, list[Any]], np.ndarray]] = {
     "Pad": _pad,
-    "Reshape": lambda array, node, operands: array.reshape(operands[0]),
+    "Reshape": lambda array, node, operands: _reshaped(array, operands[0]),
     "Slice": _slice,
     "Transpose": lambda array, node, operands: array.transpose(list(node.attributes["perm"].as_ints())),
 }

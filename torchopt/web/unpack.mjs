@@ -6,10 +6,12 @@
 // A packed weight is a node of domain "torchopt" (torchopt/export/calls.py): its operator names the codec, its inputs are the codes,
 // the positions and the table. Each is decoded here as torchopt/packing/codec.py does it and becomes an ordinary initializer; the
 // tensors are bit-equal to those of the dense file. A damaged file raises an Error that names the weight, and allocates little.
+// Weights in branches, bodies of loops and functions stay packed, with the functions that decode them: the runtime does it.
 
 const DOMAIN = "torchopt";
 const MODEL = { opset: 8, graph: 7, functions: 25 }; // field numbers of onnx.proto
 const GRAPH = { node: 1, initializer: 5, output: 12 };
+const FUNCTION = { node: 7 };
 const NODE = { input: 1, output: 2, type: 4, attribute: 5, domain: 7 };
 const ATTRIBUTE = { name: 1, graph: 6, ints: 8, graphs: 11 };
 const TENSOR = { dims: 1, type: 2, name: 8, raw: 9, location: 14 };
@@ -31,7 +33,8 @@ export function unpack(packed) {
   const model = fields(bytes);
   const calls = model.filter((f) => f.number === MODEL.graph).flatMap((f) => fields(f.body).filter(isCall));
   if (calls.length === 0) return bytes;
-  const kept = model.filter((f) => !(f.number === MODEL.opset && string(f.body, 1) === DOMAIN) && !(f.number === MODEL.functions && string(f.body, 10) === DOMAIN));
+  const ours = (f) => (f.number === MODEL.opset && string(f.body, 1) === DOMAIN) || (f.number === MODEL.functions && string(f.body, 10) === DOMAIN);
+  const kept = callsElsewhere(model) ? model : model.filter((f) => !ours(f));
   return joined(kept.flatMap((f) => (f.number === MODEL.graph ? message(MODEL.graph, denseGraph(f.body)) : [f.whole])));
 }
 
@@ -48,6 +51,22 @@ function view(packed) {
 
 function isCall(field) {
   return field.number === GRAPH.node && field.body !== null && string(field.body, NODE.domain) === DOMAIN;
+}
+
+/** Whether subgraphs or functions, which stay as they are, hold packed weights. */
+function callsElsewhere(model) {
+  const functions = model.filter((f) => f.number === MODEL.functions && string(f.body, 10) !== DOMAIN);
+  const bodies = functions.flatMap((f) => fields(f.body).filter((n) => n.number === FUNCTION.node));
+  const nodes = model.filter((f) => f.number === MODEL.graph).flatMap((f) => fields(f.body).filter((n) => n.number === GRAPH.node));
+  return bodies.some((n) => string(n.body, NODE.domain) === DOMAIN) || [...bodies, ...nodes].some(callsWithin);
+}
+
+/** Whether the subgraphs of a node hold packed weights. */
+function callsWithin(node) {
+  const attributes = fields(node.body).filter((f) => f.number === NODE.attribute);
+  const inner = attributes.flatMap((f) => fields(f.body).filter((g) => g.body && (g.number === ATTRIBUTE.graph || g.number === ATTRIBUTE.graphs)));
+  const nodes = inner.flatMap((f) => fields(f.body).filter((n) => n.number === GRAPH.node));
+  return nodes.some((n) => isCall(n) || callsWithin(n));
 }
 
 /** The pieces of a graph with each call of a decoder replaced by the tensor that it stands for. */
