@@ -82,7 +82,7 @@ def test_blocks_are_more_accurate_than_channels_and_small_blocks_than_large_ones
 def test_products_run_on_the_four_bit_kernel(tmp_path, opset):
     net, x = heavy_tailed(128, 96, 160, 32), torch.randn(8, 128)
     final = torchopt.one_shot(net, rules(block_size=32)).eval()
-    torchopt.export(final, (x,), tmp_path / "m.onnx", opset=opset)
+    torchopt.export(final, (x,), tmp_path / "m.onnx", opset=opset, fast_blocks=True)
     _, ops = optimized(tmp_path / "m.onnx", tmp_path)
     assert ops == {"MatMulNBits": 3, "Relu": 2}  # biases inside
     placement = torchopt.inspect(tmp_path / "m.onnx")
@@ -131,7 +131,7 @@ def test_layers_that_have_no_whole_blocks_get_a_scale_a_channel_and_are_reported
     }
     final, x = torchopt.finalize(ready).eval(), torch.randn(2, 1, 8, 8)
     assert [grid.block for grid in grids(final).values()] == [None, None, 32]
-    torchopt.export(final, (x,), tmp_path / "m.onnx")
+    torchopt.export(final, (x,), tmp_path / "m.onnx", fast_blocks=True)
     assert torchopt.inspect(tmp_path / "m.onnx").integer == ["3.weight"]
     assert torchopt.verify(final, tmp_path / "m.onnx", [x], progress=False).weights_equal
 
@@ -155,7 +155,7 @@ def test_training_and_saving_keep_the_blocks(tmp_path):
     torchopt.save(final, tmp_path / "m.safetensors")
     again = torchopt.load(tmp_path / "m.safetensors", heavy_tailed(64, 64, 8))
     assert [grid.block for grid in grids(again).values()] == [32, 32]
-    torchopt.export(again, (x,), tmp_path / "m.onnx")
+    torchopt.export(again, (x,), tmp_path / "m.onnx", fast_blocks=True)
     assert torchopt.inspect(tmp_path / "m.onnx").integer == ["0.weight", "2.weight"]
 
 
@@ -167,7 +167,7 @@ def test_zeros_and_shared_values_stay(tmp_path):
     for layer in (final[0], final[2]):
         assert float((layer.weight == 0).float().mean()) >= 0.5
         assert layer.weight.unique().numel() <= 6
-    torchopt.export(final, (x,), tmp_path / "m.onnx")
+    torchopt.export(final, (x,), tmp_path / "m.onnx", fast_blocks=True)
     assert torchopt.verify(final, tmp_path / "m.onnx", [x], progress=False).weights_equal
 
 

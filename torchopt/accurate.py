@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -49,8 +50,8 @@ def accurate(
     asked = [a.weight.name for a in assigned if a.rule.quantize is not None and a.rule.quantize.fallback == "auto"]
     if not asked:
         raise ConfigError("one_shot: evaluate= decides which layers stay float; give their rules Quantize(fallback='auto')")
-    if not max_drop >= 0:
-        raise ConfigError(f"one_shot: max_drop={max_drop}; 0 or more is needed, in the units of evaluate")
+    if isinstance(max_drop, bool) or not isinstance(max_drop, int | float) or not max_drop >= 0:
+        raise ConfigError(f"one_shot: max_drop={max_drop!r}; 0 or more is needed, a number in the units of evaluate")
     goal = _score(evaluate, copy.deepcopy(model).eval()) - max_drop
     whole = ready(rules)
     final = finalize(whole, unfinished=True)
@@ -96,7 +97,12 @@ def _harm(found: dict[str, float], weight: str) -> float:
 
 
 def _score(evaluate: Evaluate, model: nn.Module) -> float:
-    score = float(evaluate(model))
+    given: Any = evaluate(model)
+    try:
+        score = float(given)
+    except (TypeError, ValueError) as error:
+        what = "None (does it return its score?)" if given is None else f"{type(given).__name__} {str(given)[:40]!r}"
+        raise DataError(f"one_shot: evaluate returned {what}; a finite number is needed, higher for better") from error
     if not -float("inf") < score < float("inf"):
         raise DataError(f"one_shot: evaluate returned {score}; a finite number is needed, higher for better")
     return score

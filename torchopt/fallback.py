@@ -1,8 +1,9 @@
 """`Quantize(fallback="auto")`: integers only where ONNX Runtime is faster with them, by measurement.
 
 The network is exported as it is and with integers in all layers that the rules quantize, and both are timed in turns. Where integers
-lose, the kinds of layers (convolutions, depthwise convolutions, linear layers) are tried in every combination, and the fastest one is
-kept; where none beats float, nothing is quantized. Scales do not change latency, so the example inputs calibrate the trials.
+lose, by more than the noise of the measurement and than their smaller file is worth, the kinds of layers (convolutions, depthwise
+convolutions, linear layers) are tried in every combination, and the fastest one is kept; where none pays, nothing is quantized. Scales do
+not change latency, so the example inputs calibrate the trials.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from torchopt.export import export
 from torchopt.progress import track
 from torchopt.rules import Assigned, Rule, assign, without_grids
 from torchopt.runtime import benchmark
+from torchopt.runtime.benchmark import Row
 from torchopt.weights import Skipped
 
 REPEATS = 15
+WORTH = 0.2  # of float's time, for all of its bytes: a file of a quarter may take 15 % longer
 Build = Callable[[Sequence[Rule]], nn.Module]
 
 
@@ -68,21 +71,27 @@ def _fastest(
     first = folder / "float.onnx"
     export(model.eval(), x, first, target=target, pack=False)
 
-    def ratios(some: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], float]:
+    def rows(some: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], Row]:
         paths = {}
         for kept in some:
             paths[kept] = folder / f"{len(list(folder.iterdir()))}.onnx"
             export(quantized(choices[kept]).eval(), x, paths[kept], target=target, pack=False)
         timing = benchmark([first, *paths.values()], repeats=REPEATS, progress=False)
-        return {kept: row.ratio for kept, row in zip(paths, timing.rows[1:], strict=True)}
+        return dict(zip(paths, timing.rows[1:], strict=True))
 
+    size = first.stat().st_size
     everything = next(iter(choices))
-    whole = ratios([everything])[everything]
-    if whole <= 1 or len(choices) == 1:
-        return (everything if whole <= 1 else ()), whole
-    found = ratios(track(list(choices)[1:], "fallback"))
+    whole = rows([everything])[everything]
+    if _cost(whole, size) <= 1 or len(choices) == 1:
+        return (everything if _cost(whole, size) <= 1 else ()), whole.ratio
+    found = {kept: _cost(row, size) for kept, row in rows(track(list(choices)[1:], "fallback")).items()}
     best = min(found, key=lambda kept: found[kept])
-    return (best if found[best] <= 1 else ()), whole
+    return (best if found[best] <= 1 else ()), whole.ratio
+
+
+def _cost(row: Row, float_bytes: int) -> float:
+    """Time over float's, above 1 where integers do not pay: the lower quartile, since noise must not decide, less what bytes are worth."""
+    return row.ratio_low - WORTH * (1 - row.size_bytes / float_bytes)
 
 
 def _subsets(kinds: list[str]) -> list[tuple[str, ...]]:

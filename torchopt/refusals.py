@@ -73,6 +73,11 @@ def refuse_weights(assigned: Sequence[Assigned]) -> None:
                 f"prepare: {weight.name} is {weight.trainable.dtype}; quantization rounds float32 weights: give model.float(), "
                 "and train under torch.autocast where half precision is wanted"
             )
+        if rule.quantize is not None and rule.quantize.mode == "float16" and bool(weight.value.detach().half().isinf().any()):
+            raise ModelError(
+                f"prepare: {weight.name} holds {float(weight.value.detach().abs().max()):.6g}, and float16 ends at 65504; leave it out of "
+                "mode='float16', or scale it down"
+            )
 
 
 def _computed_by(weight: Weight) -> str:

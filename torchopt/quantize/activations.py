@@ -22,6 +22,10 @@ from torchopt.quantize.rounding import fake_quantize, in_memory_order
 
 TRAINING_MOMENTUM = 0.01  # torch.ao's averaging constant: ranges follow about the last hundred steps
 APART = 0.01  # of the scale: averages of ends and scale drift apart by their roundings, and no further
+HALVED = (
+    "quantize: the finalized model was made {}, and its integers are of float32 values; use it as finalize gave it (an input in float32), "
+    "or quantize the float network with mode='float16'"
+)
 TORCHS_SMALLEST = 6.2e-5  # its operator gives no scale below 6.1e-5: small activations, and 16 bits, would lose their last bits
 SMALLEST_SCALE = 2.0**-24  # keeps bias / (s_x · s_w) inside int32 for constant activations
 
@@ -266,7 +270,13 @@ class FixedQuantize(nn.Module):
         self.register_buffer("zero_point", zero_point.detach().reshape(()).to(_storage(qmin, qmax)).clone())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the nearest representable values; x of any shape, float32."""
+        """Return the nearest representable values; x of any shape, float32.
+
+        Raises:
+            StateError: the model was moved to another precision.
+        """
+        if self.scale.dtype != torch.float32:
+            raise StateError(HALVED.format(str(self.scale.dtype).removeprefix("torch.")))
         if torch.onnx.is_in_onnx_export():
             return self._onnx(x)
         if torch.compiler.is_exporting():

@@ -46,7 +46,7 @@ def bake(model: nn.Module) -> nn.Module:
         elif isinstance(module, ActivationQuantizer):
             set_module(model, name, FixedQuantize.of(module))
         elif WEIGHTS_LATER in module.__dict__:
-            _snap(module)
+            _snap(module, name)
     if not isinstance(model, fx.GraphModule):
         return model
     model.graph.lint()
@@ -134,14 +134,21 @@ def _saturates(quantizer: ActivationQuantizer, low: float, high: float) -> bool:
 
 
 @torch.no_grad()
-def _snap(module: nn.Module) -> None:
+def _snap(module: nn.Module, name: str) -> None:
     """Round the weights of a module that no quantized layer stands for (recurrent cells, attention, custom ones)."""
     found = weights_later(module)
     config, bits, _ = module.__dict__.pop(WEIGHTS_LATER)
     for weight in found:
         value = weight.trainable
         if config.mode == "float16":
-            value.copy_(value.half().float())
+            rounded = value.half().float()
+            if bool(rounded.isinf().any()):
+                path = f"{name}.{weight.param}" if name else weight.param
+                raise StateError(
+                    f"finalize: {path} holds {float(value.abs().max()):.6g} after training, and float16 ends at 65504; leave it out of "
+                    "mode='float16', or train with less of a learning rate"
+                )
+            value.copy_(rounded)
             continue
         axis = weight.out_axis if config.per_channel and not settle(module, weight.param) else None
         scale = weight_scale(value, 2 ** (bits - 1) - 1, axis)

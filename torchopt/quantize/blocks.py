@@ -3,8 +3,8 @@
     ŵ[o, i] = s[o, i // B] · q[o, i]        q ∈ −7 … 7        s = max |w| of the block / 7, rounded to a float16 number
 
 One large weight costs only its block the resolution, not its whole channel. The scales take half a bit a weight with B = 32, since
-they are stored as float16. ONNX Runtime multiplies such weights as they are (MatMulNBits), and rounds the input to 8 bits, block by
-block, as it goes.
+they are stored as float16. ONNX Runtime multiplies such weights as they are (MatMulNBits); with
+`export(fast_blocks=True)` it rounds the input to 8 bits, block by block, as it goes.
 """
 
 from __future__ import annotations

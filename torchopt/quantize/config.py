@@ -90,6 +90,11 @@ class Quantize:
             self._check_blocks(block)
         if self.mode == "dynamic" and self.activation_bits != 8:
             raise ConfigError("Quantize.activation_bits: 'dynamic' rounds to 8 bits; 8 is needed, or mode='static'")
+        if self.mode in ("weight_only", "float16") and self.activation_bits != 8:
+            raise ConfigError(
+                f"Quantize.activation_bits: got {self.activation_bits} with mode={self.mode!r}, whose activations stay float; leave it "
+                "out, or use mode='static'"
+            )
         if self.mode != "static":
             for name, asked in (("bias_correction", True), ("rounding", "adaptive")):
                 if getattr(self, name) == asked:

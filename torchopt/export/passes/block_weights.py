@@ -5,8 +5,10 @@
 The bytes are (outputs, blocks, block/2), low half first, each code as q + 8: the order of torch's weight, so nothing is transposed.
 The operator is ONNX Runtime's own (com.microsoft). Standard ONNX could say the same by a DequantizeLinear with block_size, but ORT
 1.32 fuses that only where no ReLU follows (it makes Gemm and Relu one first), and else dequantizes at each inference, 6 times slower.
-accuracy_level 4 lets the kernel round x to 8 bits, block by block: 0.5 % of the largest output, at most the latency of float; exact
-arithmetic takes 1.7 times as long. A weight with other readers is left to `IntegerWeightsPass`.
+Activations stay float, as mode="weight_only" says. accuracy_level 4 lets the kernel round x to 8 bits, block by block: at most the latency
+of float, where exact arithmetic takes 1.7 times as long, and 0.5 % of the largest output, but all of a block's accuracy where one input
+is a thousand times the others. So that is what `export(fast_blocks=True)` asks for. A weight with other readers is left to
+`IntegerWeightsPass`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torchopt.export.passes.integer_weights import integers
 from torchopt.grid import Grid
 
 MICROSOFT = "com.microsoft"
-ACCURACY = 4  # 0 and 1: float arithmetic; 4: integers
+EXACT, FAST = 1, 4  # accuracy_level: float arithmetic; integers
 ZERO = 8  # what the kernel subtracts from a code
 
 
@@ -30,10 +32,12 @@ class BlockWeightsPass(ir.passes.InPlacePass):
 
     Args:
         grids: the grid of each weight, by initializer name (`torchopt.grid.grids(model)`).
+        fast: let the kernel round its inputs.
     """
 
-    def __init__(self, grids: Mapping[str, Grid]) -> None:
+    def __init__(self, grids: Mapping[str, Grid], fast: bool = False) -> None:
         super().__init__()
+        self.accuracy = FAST if fast else EXACT
         self.grids = {name: grid for name, grid in grids.items() if grid.block is not None and grid.bits == 4}
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -43,7 +47,7 @@ class BlockWeightsPass(ir.passes.InPlacePass):
             weight = model.graph.initializers.get(name)
             products = _products(weight) if weight is not None else []
             if weight is not None and products:
-                _rewrite(model.graph, weight, grid, products)
+                _rewrite(model.graph, weight, grid, products, self.accuracy)
                 model.opset_imports[MICROSOFT] = 1
                 modified = True
         return ir.passes.PassResult(model, modified=modified)
@@ -88,7 +92,7 @@ def _products(weight: ir.Value) -> list[ir.Node]:
     return found
 
 
-def _rewrite(graph: ir.Graph, weight: ir.Value, grid: Grid, products: list[ir.Node]) -> None:
+def _rewrite(graph: ir.Graph, weight: ir.Value, grid: Grid, products: list[ir.Node], accuracy: int) -> None:
     assert weight.const_value is not None
     assert grid.block is not None
     codes, scale = integers(weight.const_value.numpy(), grid)
@@ -96,7 +100,7 @@ def _rewrite(graph: ir.Graph, weight: ir.Value, grid: Grid, products: list[ir.No
     graph.initializers.pop(name)
     weight.name = f"{name}_float"
     operands = [constant(graph, name, two_a_byte(codes, grid.block)), constant(graph, f"{name}_scale", scale)]
-    sizes = {"N": codes.shape[0], "K": codes.shape[1], "bits": 4, "block_size": grid.block, "accuracy_level": ACCURACY}
+    sizes = {"N": codes.shape[0], "K": codes.shape[1], "bits": 4, "block_size": grid.block, "accuracy_level": accuracy}
     for product in products:
         last, bias = _with_bias(product)
         inputs = [product.inputs[0], *operands, *((None, None, bias) if bias is not None else ())]

@@ -55,6 +55,12 @@ def integers(value: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ModelError: they do not.
     """
+    kinds = {str(value.dtype), str(grid.scale.dtype).removeprefix("torch.")} - {"float32"}
+    if kinds:
+        raise ModelError(
+            f"export: {grid.name} was made {kinds.pop()} after finalize, and its integers are of float32 values; export the model as "
+            "finalize gave it, or quantize with mode='float16'"
+        )
     scale = grid.scale.detach().cpu().numpy().astype(np.float32)
     spread = grid.broadcast(value.ndim).detach().cpu().numpy().astype(np.float32)
     codes = np.rint(value / spread)

@@ -20,6 +20,7 @@ from torch import nn
 
 from torchopt.errors import ModelError
 from torchopt.progress import track
+from torchopt.quantize.blocks import FusedBlockLinear
 from torchopt.quantize.corrections.adaptive import round_adaptively
 from torchopt.quantize.corrections.bias import correct_bias
 from torchopt.quantize.corrections.columns import LAYERS
@@ -71,6 +72,8 @@ def ahead(model: nn.Module, calls: Iterable[list[Call]]) -> tuple[Iterable[list[
     for _, layer in _layers(model):
         if layer.shift is not None:
             layer.set_shift(torch.zeros_like(layer.shift))
+        if isinstance(layer, FusedBlockLinear):
+            continue  # its scales have their own places
         if layer.reach is not None and (layer.bits <= LOW_BITS or _rounds(layer)):
             choose_reach(layer)
     return calls, samples
