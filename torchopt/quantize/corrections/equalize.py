@@ -50,7 +50,7 @@ KEEP_FUNCTIONS = {
 }  # fmt: skip
 SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 KEEP_METHODS = {"add", "add_", "relu", "relu_", "mean", "flatten"}
-PROOF = 16  # samples that the network is compared on
+PROOF = 8  # samples that the network is compared on
 HALF = 0.5  # of the inequality goes to the activation, the other half to the weights that read it (Xiao et al. 2022, arXiv:2211.10438)
 
 
