@@ -57,7 +57,6 @@ def alive(model: nn.Module, batches: list[Inputs]) -> nn.Module:
             model.train()(*batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-        norm.running_var.mul_(torch.empty_like(norm.running_var).uniform_(0.8, 1.25)).add_(1e-3)  # type: ignore[union-attr, operator]
     return model
 
 
