@@ -145,9 +145,9 @@ def checked(recipe: Recipe, model: nn.Module) -> Dataset:
         shape = f"{tuple(data.example.shape)} ({str(data.example.dtype).removeprefix('torch.')})"
         raise ModelError(f"model: does not take the data's inputs of shape {shape}: {str(error).splitlines()[0]}") from error
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[1] < len(data.classes):
-        shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        given = f"of shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else f"of type {type(logits).__name__}"
         raise ModelError(
-            f"model: gives outputs of shape {shape} for data of {len(data.classes)} classes; (N, {len(data.classes)}) is needed"
+            f"model: gives outputs {given} for data of {len(data.classes)} classes; (N, {len(data.classes)}) is needed"
         )
     return data
 
