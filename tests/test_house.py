@@ -55,7 +55,7 @@ ROOMS = [
     {"models", "data", "train", "integrations"},
     {"recipe", "report"},
     {"run", "search"},
-    {"cli", "terminal", "__main__"},
+    {"cli", "onnx_commands", "terminal", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 BLIND_TO_ONE_ANOTHER = ROOMS[2]

@@ -1,5 +1,6 @@
 """ONNX in, ONNX out: weights of a file without source in fewer bits, compared with the source by the code that a user runs."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import onnx.parser
 import pytest
 from onnx import numpy_helper
 
+from torchopt.cli import status
 from torchopt.errors import ConfigError, DataError, FileError, ModelError
 from torchopt.export.read import read
 from torchopt.export.scopes import View
@@ -192,3 +194,15 @@ def test_bad_input_is_one_sentence(source: Path, tmp_path: Path, options: dict, 
     with pytest.raises(error, match=message):
         compress_onnx(source, tmp_path / "b.onnx", time=False, **options)
     assert not (tmp_path / "b.onnx").exists()
+
+
+def test_the_command_tells_what_it_did_and_overwrites_nothing(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = ["compress", str(source), str(tmp_path / "b.onnx"), "--input", "x:2,16,8,8", "--json"]
+    assert status(arguments) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["size_bytes"] == (tmp_path / "b.onnx").stat().st_size
+    assert told["likeness"]["inputs"] == "random"
+    assert status(arguments) == 2
+    assert "is there already; name another file, or --overwrite" in capsys.readouterr().err

@@ -18,17 +18,15 @@ import click
 from torchopt.errors import ConfigError, FileError, TorchoptError
 from torchopt.files import check_place
 from torchopt.importing import in_users_code
-from torchopt.terminal import Stopped, complain, plain, reason_of, say, show, table, take_any_encoding, take_signals, tidy_output
+from torchopt.onnx_commands import COMMANDS, as_json
+from torchopt.terminal import Stopped, complain, plain, reason_of, show, table, take_any_encoding, take_signals, tidy_output
 
 if TYPE_CHECKING:
     from torch import nn
 
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 settings = click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a value of the recipe; repeatable.")
 targets = click.option("--target", default="ort-x86", show_default=True, help="The runtime aimed at.")
 input_shape = click.option("--input-shape", required=True, metavar="C,H,W", help="Shape of one input, without the batch.")
-sizes = "What a file runs on: x:1,3,320,320; once for each input."
-run_inputs = click.option("--input", "inputs", multiple=True, metavar="NAME:SIZES[:DTYPE]", help=sizes)
 weights_file = click.option("--weights", metavar="FILE", help="A state_dict (.pt, .pth, .safetensors) to load first.")
 
 
@@ -36,6 +34,10 @@ weights_file = click.option("--weights", metavar="FILE", help="A state_dict (.pt
 @click.version_option(package_name="torchopt-toolkit", prog_name="torchopt")
 def app() -> None:
     """Prune, cluster and quantize PyTorch models; export one small ONNX file that ONNX Runtime runs fast."""
+
+
+for command in COMMANDS:
+    app.add_command(command)
 
 
 @app.command()
@@ -98,55 +100,6 @@ def export(
     packing = {"auto": "auto", "yes": True, "no": False}[pack]
     with in_users_code("export"):
         result = export(model, (example,), out, target=target, dynamic_batch=not static_batch, pack=packing)  # type: ignore[arg-type]
-    show(plain(result), str(result), as_json)
-
-
-@app.command()
-@click.argument("source")
-@click.argument("destination")
-@click.option("--strip", is_flag=True, help="Leave out torch's exporter's notes on nodes (source lines, module names).")
-@as_json
-def pack(source: str, destination: str, strip: bool, as_json: bool) -> None:
-    """Write the weights of any ONNX file in their smallest exact form."""
-    from torchopt.export import pack
-
-    result = pack(source, destination, strip=strip)
-    show(plain(result), str(result), as_json)
-
-
-@app.command()
-@click.argument("source")
-@click.argument("destination")
-def unpack(source: str, destination: str) -> None:
-    """Write a packed ONNX file's weights densely again, bit for bit."""
-    from torchopt.export import unpack
-
-    unpack(source, destination)
-    say(f"{destination}: {Path(destination).stat().st_size:,} bytes")
-
-
-@app.command()
-@click.argument("model")
-@as_json
-def inspect(model: str, as_json: bool) -> None:
-    """Say which layers of an ONNX file run as integers in ONNX Runtime, which fell back, and why."""
-    from torchopt.runtime import inspect
-
-    result = inspect(model)
-    show(plain(result), str(result), as_json)
-
-
-@app.command()
-@click.argument("models", nargs=-1, required=True)
-@click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of ONNX Runtime.")
-@click.option("--repeats", default=30, show_default=True, type=click.IntRange(3), help="Interleaved rounds.")
-@run_inputs
-@as_json
-def bench(models: Sequence[str], threads: int, repeats: int, inputs: Sequence[str], as_json: bool) -> None:
-    """Time ONNX files against the first, interleaved."""
-    from torchopt.runtime import benchmark, parse_inputs
-
-    result = benchmark(list(models), threads=threads, repeats=repeats, inputs=parse_inputs(inputs) or None)
     show(plain(result), str(result), as_json)
 
 

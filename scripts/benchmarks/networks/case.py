@@ -78,7 +78,7 @@ class Case:
     def export(self, model: nn.Module, name: str) -> Path:
         """Write a file that is not packed: packing is proved elsewhere, and the numbers are the same."""
         path = self.folder / f"{name}.onnx"
-        torchopt.export(model, self.example, path, pack=False)
+        torchopt.export(model, self.example, path, dynamic_batch=self.stranger.batched, pack=False)
         return path
 
     @functools.cached_property

@@ -233,4 +233,7 @@ def strangers() -> list[Stranger]:
         ),
         ("optional mask", Mask, lambda n: (torch.randn(n, 6, 8), (torch.rand(n, 6) > 0.3).float())),
     ]
-    return [Stranger(name=name, manner="others", build=build, draw=draw) for name, build, draw in rows]
+    return [
+        Stranger(name=name, manner="others", build=build, draw=draw, batched=build is not MessagePassing)
+        for name, build, draw in rows
+    ]

@@ -18,12 +18,13 @@ Inputs = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Stranger:
-    """A network of somebody else's, by name; `draw(n)` gives inputs of a batch of n."""
+    """A network of somebody else's, by name; `draw(n)` gives inputs of a batch of n, or of the one size where there is no batch."""
 
     name: str
     manner: str
     build: Callable[[], nn.Module]
     draw: Callable[[int], Inputs]
+    batched: bool = True
 
     def model(self) -> nn.Module:
         """The network with living statistics, in evaluation mode; always the same one."""
