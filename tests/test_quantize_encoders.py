@@ -50,7 +50,7 @@ def small(net, **config):
 def test_encoders_are_quantized_exported_and_proven(name, mode, tmp_path):
     net, inputs = encoder(name), batch()
     final = small(net, **MODES[mode])
-    result = torchopt.export(final, tuple(inputs.values()), tmp_path / "m.onnx")
+    result = torchopt.export(final, tuple(inputs.values()), tmp_path / "m.onnx", fast_blocks=mode == "blocks")
     float_bytes = 4 * sum(p.numel() for p in net.parameters())
     assert result.size_bytes < (0.32 if mode != "blocks" else 0.25) * float_bytes
     placement = torchopt.inspect(tmp_path / "m.onnx")

@@ -79,11 +79,12 @@ def undisturbed(*models: nn.Module) -> Iterator[None]:
                         buffer.copy_(before)
 
 
-def _as_it_is(model: nn.Module) -> AbstractContextManager[None]:
+def as_it_is(model: nn.Module) -> AbstractContextManager[None]:
+    """Run a network in nothing."""
     return contextlib.nullcontext()
 
 
-def run(model: nn.Module, call: Call, *, training: bool = False, under: Under = _as_it_is) -> Run:
+def run(model: nn.Module, call: Call, *, training: bool = False, under: Under = as_it_is) -> Run:
     """Call a network in one of its modes, from a given random state, and leave it as it was.
 
     Args:
@@ -120,7 +121,7 @@ def difference(one: Run, other: Run) -> float:
 
 
 def differs(
-    one: nn.Module, other: nn.Module, call: Call, *, training: bool = False, under: Under = _as_it_is
+    one: nn.Module, other: nn.Module, call: Call, *, training: bool = False, both: Under = as_it_is, under: Under = as_it_is
 ) -> Difference | None:
     """Return how `other` differs from `one` on a call, or None where it does not, or where `one` does not take the call.
 
@@ -129,7 +130,8 @@ def differs(
         other: what was made of it.
         call: the arguments of both.
         training: the mode of both.
-        under: what `other` runs in.
+        both: what both run in.
+        under: what `other` runs in beside.
 
     Example:
         >>> a, x = nn.Linear(2, 2, bias=False), torch.ones(1, 2)
@@ -139,18 +141,18 @@ def differs(
         (False, True)
     """
     try:
-        wanted = run(one, call, training=training)
+        wanted = run(one, call, training=training, under=both)
     except Exception:  # the user's network does not run so: there is nothing to compare with
         return None
     try:
-        given = run(other, call, training=training, under=under)
+        given = run(other, call, training=training, under=_nested(both, under))
     except Exception as error:  # the rewritten network fails where the user's does not
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         return Difference(amount=float("inf"), what=f"it fails: {reason:.200}")
     amount = difference(wanted, given)
     if amount <= TOLERANCE:
         return None
-    moved = _moved(one, call, wanted, training=training)
+    moved = _moved(one, call, wanted, training=training, under=both)
     if amount <= moved <= CHAOS:
         return None
     if len(wanted.outputs) != len(given.outputs):
@@ -161,9 +163,11 @@ def differs(
     return Difference(amount=amount, what=of_shape)
 
 
-def first_difference(one: nn.Module, other: nn.Module, call: Call, *, training: bool = False, under: Under = _as_it_is) -> str:
+def first_difference(
+    one: nn.Module, other: nn.Module, call: Call, *, training: bool = False, both: Under = as_it_is, under: Under = as_it_is
+) -> str:
     """Return the path of the first module that both networks call, and that `other` gives other inputs; empty where there is none."""
-    seen = [_inputs(one, call, training, _as_it_is), _inputs(other, call, training, under)]
+    seen = [_inputs(one, call, training, both), _inputs(other, call, training, _nested(both, under))]
     for path, wanted in seen[0].items():
         if path and path in seen[1] and difference(*(Run(outputs=v, buffers={}) for v in (wanted, seen[1][path]))) > TOLERANCE:
             return path
@@ -236,7 +240,16 @@ def _inputs(model: nn.Module, call: Call, training: bool, under: Under) -> dict[
     return found
 
 
-def _moved(model: nn.Module, call: Call, before: Run, *, training: bool) -> float:
+def _nested(outer: Under, inner: Under) -> Under:
+    @contextlib.contextmanager
+    def nested(model: nn.Module) -> Iterator[None]:
+        with outer(model), inner(model):
+            yield
+
+    return nested
+
+
+def _moved(model: nn.Module, call: Call, before: Run, *, training: bool, under: Under) -> float:
     """How far the outputs of a network go when its weights are changed by a millionth."""
     generator = torch.Generator().manual_seed(1)
 
@@ -248,7 +261,8 @@ def _moved(model: nn.Module, call: Call, before: Run, *, training: bool) -> floa
     with undisturbed(model), torch.no_grad():
         model.train(training)
         try:
-            outputs = list(flat(torch.func.functional_call(model, changed, args, kwargs)))
+            with under(model):
+                outputs = list(flat(torch.func.functional_call(model, changed, args, kwargs)))
         except (RuntimeError, ValueError, TypeError, ModelError):
             return 0.0
         return difference(before, Run(outputs=outputs, buffers={name: b.detach() for name, b in model.named_buffers()}))

@@ -16,11 +16,12 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from torchopt.errors import ModelError
-from torchopt.proof import Call, Difference, differs, first_difference, in_noise, several
+from torchopt.proof import Call, Difference, as_it_is, differs, first_difference, in_noise, several
 from torchopt.quantize.activations import ActivationQuantizer
 from torchopt.quantize.folding import folded_once
 from torchopt.quantize.kernels import IntegerKernel
 from torchopt.quantize.modules import Fused
+from torchopt.quantize.rates import no_dropout, restore_rates
 from torchopt.quantize.recurrent import QuantizedRecurrent
 
 
@@ -80,7 +81,8 @@ def prove(origin: nn.Module, network: nn.Module, calls: Sequence[Call], step: st
 def prove_training(origin: nn.Module, network: nn.Module, calls: Sequence[Call]) -> None:
     """Compare in training mode; a network that is another one there lets nobody train it from now on."""
     for call in () if _evaluates_only(network) else map(several, calls):
-        found = differs(origin, network, call, training=True, under=as_float)
+        restore_rates(origin, network, call)
+        found = differs(origin, network, call, training=True, both=no_dropout, under=as_float)
         if found is not None:
             only_evaluates(network, _one_form(origin, network, call, found))
             return
@@ -120,5 +122,6 @@ def _one_form(origin: nn.Module, network: nn.Module, call: Call, found: Differen
 
 
 def _where(origin: nn.Module, network: nn.Module, call: Call, *, training: bool = False) -> str:
-    path = first_difference(origin, network, call, training=training, under=as_float)
+    both = no_dropout if training else as_it_is
+    path = first_difference(origin, network, call, training=training, both=both, under=as_float)
     return f", first in what {path!r} is given" if path else ""
