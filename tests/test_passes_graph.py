@@ -18,7 +18,6 @@ from torchopt.export.passes import (
     GlobalPoolPass,
     HalfWeightsPass,
     HardSigmoidPass,
-    IntegerBatchNormPass,
     IntegerWeightsPass,
     KeepFloatPass,
     LateDequantizePass,
@@ -137,49 +136,6 @@ def test_hard_sigmoid_stays_where_the_quantizer_does_not_clip() -> None:
     graph = model(HARD, **{**GRID, "t": np.float32(2 / 255)})
     assert not changes(HardSigmoidPass(), graph)
     assert "HardSigmoid" in kinds(graph)
-
-
-# ---------------------------------------------------------------- batch norm between integers
-def batch_norm(channels: int, **changed) -> ir.Model:
-    rng = np.random.default_rng(0)
-    constants = {
-        **GRID,
-        "g": rng.standard_normal(channels).astype(np.float32),
-        "b": rng.standard_normal(channels).astype(np.float32),
-        "m": rng.standard_normal(channels).astype(np.float32),
-        "v": (rng.random(channels) + 0.1).astype(np.float32),
-    }
-    text = (
-        f"g(uint8[N, {channels}, 5, 5] x) => (uint8[N, {channels}, 5, 5] y) {{ d = DequantizeLinear(x, s, z)"
-        " e = BatchNormalization(d, g, b, m, v) y = QuantizeLinear(e, t, o) }"
-    )
-    return model(text, **{**constants, **changed})
-
-
-def test_batch_norm_between_integers_becomes_an_integer_convolution(tmp_path) -> None:
-    before, after = batch_norm(16), batch_norm(16)
-    assert changes(IntegerBatchNormPass(), after)
-    found = optimized_kinds(after, tmp_path)
-    assert found["QLinearConv"] == 1
-    assert found["BatchNormalization"] == 0
-    x = np.random.default_rng(1).integers(0, 256, (4, 16, 5, 5)).astype(U8)
-    apart = np.abs(run(after, x).astype(int) - run(before, x))
-    assert apart.max() <= 1
-    assert (apart == 0).mean() > 0.98
-
-
-def test_batch_norm_with_a_dead_channel() -> None:
-    gamma = np.array([0.0, 1.0], np.float32)
-    after, before = batch_norm(2, g=gamma), batch_norm(2, g=gamma)
-    assert changes(IntegerBatchNormPass(), after)
-    x = np.random.default_rng(1).integers(0, 256, (4, 2, 5, 5)).astype(U8)
-    np.testing.assert_allclose(run(after, x).astype(int), run(before, x), atol=1)
-
-
-def test_batch_norm_whose_bias_does_not_fit_stays() -> None:
-    graph = batch_norm(2, g=np.array([1e-12, 1.0], np.float32))
-    assert not changes(IntegerBatchNormPass(), graph)
-    assert "BatchNormalization" in kinds(graph)
 
 
 # ---------------------------------------------------------------- moves on integers

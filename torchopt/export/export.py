@@ -1,8 +1,9 @@
 """Export: one torch module in, one small checked ONNX file out.
 
-    torch.onnx.export → passes (one file each in `passes/`) → packing → onnx.checker → a session of ORT → rename
+    torch.onnx.export → passes (one file each in `passes/`) → packing → onnx.checker → a session of ORT → proof → rename
 
-Everything before this was decided in torch: an ONNX pass only writes the same numbers in another form.
+Everything before this was decided in torch: an ONNX pass only writes the same numbers in another form. What was written is run once and
+compared with the model (`compared.py`); only then the file gets its name.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,10 @@ from torch import nn
 
 from torchopt.alone import alone
 from torchopt.errors import ConfigError, ModelError, nearest
-from torchopt.export.graph import to_onnx
+from torchopt.export.compared import IN_BLOCKS, Proof
+from torchopt.export.distance import CLOSE
+from torchopt.export.forced import Roundings
+from torchopt.export.graph import as_exported, plain, to_onnx
 from torchopt.export.pack import pack_model
 from torchopt.export.pack_report import PackReport
 from torchopt.export.passes import (
@@ -33,19 +37,22 @@ from torchopt.export.passes import (
     GlobalPoolPass,
     HalfWeightsPass,
     HardSigmoidPass,
-    IntegerBatchNormPass,
     IntegerTransposedPass,
     IntegerWeightsPass,
+    KeepApartPass,
     KeepFloatPass,
     LateBiasPass,
     LateDequantizePass,
     OwnWeightsPass,
+    PartialWindowsPass,
     RedundantActivationsPass,
     ShortNamesPass,
     StaticShapesPass,
     TidyPass,
     WideChannelsPass,
 )
+from torchopt.export.passes.block_weights import rounds_its_input
+from torchopt.export.processor import runs_exactly
 from torchopt.export.proof import prove
 from torchopt.export.serialize import serialized
 from torchopt.files import atomic_path
@@ -114,11 +121,15 @@ def export(
         fast_blocks: let ONNX Runtime round the inputs of 4-bit layers with `Quantize(block_size=…)` to 8 bits, block by block: 1.7 times as
             fast, and less accurate, by much where a few inputs are far larger than the others.
 
+    The file is run once, on the example inputs and on another batch size where that may vary, and each output is compared with the
+    model's; no file is left where they differ by more than rounding. Differences of integers are a warning where this machine does not
+    compute what the target does.
+
     A model in half precision keeps float32 inputs and outputs; its weights are stored as float16.
 
     Raises:
         ConfigError: an unknown target, another value of `pack`, or an opset out of range.
-        ModelError: the model cannot be exported, or a weight is not finite.
+        ModelError: the model cannot be exported, a weight is not finite, or the file computes something else than the model.
         FileError: the file cannot be written.
 
     Example:
@@ -131,13 +142,29 @@ def export(
     version = opset or OPSETS[target]
     with _uncollected():
         graph = to_onnx(model, example_inputs, opset=version, dynamic_batch=dynamic_batch)
+        reference = as_exported(model)
+        places = Roundings(graph.graph, reference)
         _check_integers(graph, version)
         applied = _rewrite(graph, model, wide=target in WIDENS and version >= PADS, fast_blocks=fast_blocks)
+    names = places.values()
     graph = lowered(graph, version)
     dense = serialized(graph, "export", shapes=False)
     note = _dense_because(target, pack, version)
     report = None if note else pack_model(graph)
-    size = write_checked(graph, path, dense=dense if report is not None and report.rows else None)
+    proof = Proof(
+        model=reference,
+        name=type(model).__name__,
+        dense=dense,
+        roundings=names,
+        exact=runs_exactly(target),
+        close=IN_BLOCKS if any(map(rounds_its_input, graph.graph)) else CLOSE,
+    )
+    size = write_checked(
+        graph,
+        path,
+        dense=dense if report is not None and report.rows else None,
+        compare=lambda opened: proof(opened, plain(example_inputs), dynamic_batch=dynamic_batch),
+    )
     return ExportResult(
         path=Path(path),
         target=target,
@@ -169,10 +196,10 @@ def _rewrite(graph: ir.Model, model: nn.Module, *, wide: bool, fast_blocks: bool
     steps = (
         TidyPass(keep),
         StaticShapesPass(),
+        PartialWindowsPass(),
         RedundantActivationsPass(),
         GlobalPoolPass(),
         HardSigmoidPass(),
-        IntegerBatchNormPass(),
         BlockWeightsPass(grids(model), fast_blocks),
         IntegerWeightsPass(grids(model)),
         IntegerTransposedPass(),
@@ -180,6 +207,7 @@ def _rewrite(graph: ir.Model, model: nn.Module, *, wide: bool, fast_blocks: bool
         LateDequantizePass(),
         LateBiasPass(),
         KeepFloatPass(),
+        KeepApartPass(),
         *([WideChannelsPass()] if wide else []),
         HalfWeightsPass(),
         TidyPass(keep),
@@ -229,16 +257,23 @@ def _dense_because(target: str, pack: bool | str, opset: int) -> str:
     return ""
 
 
-def write_checked(graph: ir.Model, path: str | os.PathLike[str], *, dense: bytes | None = None) -> int:
-    """Check the graph, let ONNX Runtime load it, write it atomically, and return its size in bytes.
+def write_checked(
+    graph: ir.Model,
+    path: str | os.PathLike[str],
+    *,
+    dense: bytes | None = None,
+    compare: Callable[[onnxruntime.InferenceSession], None] | None = None,
+) -> int:
+    """Check the graph, let ONNX Runtime load it, prove it, write it atomically, and return its size in bytes.
 
     Args:
         graph: the graph.
         path: the file.
         dense: the same file before packing, where it was packed: the weights that ONNX Runtime decodes are compared with it.
+        compare: runs the file, and raises where it computes something else than the model.
 
     Raises:
-        ModelError: the checker or the runtime refuses it, or it does not decode to what it was.
+        ModelError: the checker or the runtime refuses it, it does not decode to what it was, or `compare` refuses it.
         FileError: the file cannot be written.
     """
     data = serialized(graph, "export", shapes=False)  # every runtime infers them; in a small file they are a tenth
@@ -246,11 +281,13 @@ def write_checked(graph: ir.Model, path: str | os.PathLike[str], *, dense: bytes
         onnx.checker.check_model(data)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
-        onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        opened = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's exceptions share no class
         raise ModelError(f"export: the graph is refused by the checker or by ONNX Runtime: {str(error)[:300]}") from error
     if dense is not None:
         prove(dense, data, "export")
+    if compare is not None:
+        compare(opened)
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
     return len(data)

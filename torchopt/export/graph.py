@@ -8,7 +8,6 @@ done by the passes in `passes/`, one at a time.
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import logging
 import re
@@ -20,7 +19,9 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from torchopt.copies import copied
 from torchopt.errors import DataError, ModelError
+from torchopt.export.operators import operators
 from torchopt.export.traced_grids import trace_grids, translations, type_codes
 
 BATCH = "batch"
@@ -42,10 +43,10 @@ def to_onnx(model: nn.Module, example_inputs: tuple[Any, ...], *, opset: int, dy
         ModelError: a weight is not finite, or the model cannot be exported.
     """
     _check(model, example_inputs)
-    module = copy.deepcopy(model).cpu().eval().requires_grad_(False).float()
+    module = as_exported(model)
     trace_grids(module)
     version = max(opset, 18)
-    inputs = tuple(_batch_of_two(x) if dynamic_batch else x for x in map(_plain, example_inputs))
+    inputs = tuple(_batch_of_two(x) if dynamic_batch else x for x in plain(example_inputs))
     shapes = tuple({0: torch.export.Dim(BATCH)} if _has_batch(x) else None for x in inputs) if dynamic_batch else None
     try:
         with torch.no_grad(), _quiet():
@@ -55,7 +56,7 @@ def to_onnx(model: nn.Module, example_inputs: tuple[Any, ...], *, opset: int, dy
                 dynamo=True,
                 optimize=False,
                 opset_version=version,
-                custom_translation_table=translations(version),
+                custom_translation_table=translations(version) | operators(version),
                 input_names=_input_names(module, len(inputs)),
                 dynamic_shapes=_nested(module, shapes),
                 verbose=False,
@@ -90,8 +91,17 @@ def _check_batch(name: str, graph: ir.Graph) -> None:
             )
 
 
+def as_exported(model: nn.Module) -> nn.Module:
+    """Return a copy of `model` as a file computes it: in evaluation mode, in float32, on the CPU."""
+    return copied(model).cpu().eval().requires_grad_(False).float()
+
+
+def plain(example_inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return inputs as a file takes them: float32, whatever the precision of the weights."""
+    return tuple(map(_plain, example_inputs))
+
+
 def _plain(x: Any) -> Any:
-    """Inputs and outputs of the file are float32, whatever the precision of the weights."""
     if not isinstance(x, torch.Tensor):
         return x
     return x.cpu().float() if x.is_floating_point() else x.cpu()

@@ -19,12 +19,12 @@ import onnx
 import onnx_ir as ir
 
 from torchopt.errors import FileError, ModelError
-from torchopt.export import marks
 from torchopt.export.calls import Call, Names, read_encoding, replace
 from torchopt.export.choose import chosen, tensor_of, values_of
 from torchopt.export.decoded import weight_values
 from torchopt.export.decoders import DOMAIN
 from torchopt.export.inlined import written_out
+from torchopt.export.marks import ADDED, NODE, VERSION, ordered, recalled, remember, remember_order
 from torchopt.export.older import newer
 from torchopt.export.pack_report import LeftDense, PackedTensor, PackReport
 from torchopt.export.packable import opset_of, packable
@@ -134,7 +134,7 @@ def pack_model(model: ir.Model, *, keep: bool = False) -> PackReport:
         )
         call = replace(model, weights[name], encoding, opset, names)
         if keep:
-            marks.remember(call, weights[name])
+            remember(call, weights[name])
         calls.append(call)
         del dense, encoding  # before the next one is made
         release(model)
@@ -154,19 +154,19 @@ def pack_model(model: ir.Model, *, keep: bool = False) -> PackReport:
 def _raise_versions(model: ir.Model, keep: bool) -> None:
     """Name what decoders need: a file format with functions, and ONNX's own operators."""
     if keep and model.ir_version < FUNCTIONS:
-        model.metadata_props[marks.VERSION] = str(model.ir_version)
+        model.metadata_props[VERSION] = str(model.ir_version)
     model.ir_version = max(model.ir_version, FUNCTIONS)
     if opset_of(model) is None:
         model.opset_imports[""] = WITHOUT
         if keep:
-            model.metadata_props[marks.ADDED] = ""
+            model.metadata_props[ADDED] = ""
 
 
 def _remember_orders(view: View, orders: dict[int, list[str]], calls: set[int]) -> None:
     for scope in view.scopes:
         if isinstance(scope.body, ir.Graph):
-            made = [node for node in scope.body if id(node) in calls and marks.NODE not in node.metadata_props]
-            marks.remember_order(scope.body, orders[id(scope.body)], made)
+            made = [node for node in scope.body if id(node) in calls and NODE not in node.metadata_props]
+            remember_order(scope.body, orders[id(scope.body)], made)
 
 
 def unpack_model(model: ir.Model, where: str) -> None:
@@ -183,16 +183,16 @@ def unpack_model(model: ir.Model, where: str) -> None:
         calls = [node for node in scope.body if node.domain == DOMAIN]
         restored = [made for node in calls if (made := _restore(node, scope, where)) is not None]
         if isinstance(scope.body, ir.Graph):
-            marks.ordered(scope.body, restored)
+            ordered(scope.body, restored)
         if isinstance(scope.body, ir.Function):
             scope.body.opset_imports.pop(DOMAIN, None)
     for key in [k for k in model.functions if k[0] == DOMAIN]:
         del model.functions[key]
     model.opset_imports.pop(DOMAIN, None)
-    version = model.metadata_props.pop(marks.VERSION, "")
+    version = model.metadata_props.pop(VERSION, "")
     model.ir_version = int(version) if version.isdecimal() else model.ir_version
-    if marks.ADDED in model.metadata_props:
-        del model.metadata_props[marks.ADDED]
+    if ADDED in model.metadata_props:
+        del model.metadata_props[ADDED]
         model.opset_imports.pop("", None)
 
 
@@ -206,7 +206,7 @@ def _restore(node: ir.Node, scope: Scope, where: str) -> ir.Value | None:
         call = Call.of(node)
     decoded = functools.partial(_decoded, call, where, str(output.name))
     dense = ir.LazyTensor(decoded, call.dtype, ir.Shape(call.shape), name=output.name)
-    constant = marks.recalled(node, dense)
+    constant = recalled(node, dense)
     if constant is None and isinstance(body, ir.Function):
         constant = ir.Node("", "Constant", [], [ir.AttrTensor("value", dense)])
     if constant is None:

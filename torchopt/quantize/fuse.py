@@ -47,7 +47,7 @@ def fuse(traced: fx.GraphModule, assignment: dict[str, Quantize], target: Target
         set_module(traced, path, layer)
         if len(calls[path]) == 1:
             _absorb(traced, calls[path][0], layer, norms=path not in read)  # a folded norm would change what another reads
-    if assignment and not left:
+    if assignment:
         _lone_norms(traced, next(iter(assignment.values())), target)
     for node in list(traced.graph.nodes):
         if gate_of(traced, node) is not None and _from_integers(traced, node):
@@ -133,22 +133,33 @@ def _lone_norms(traced: fx.GraphModule, config: Quantize, target: Target) -> Non
     """Case 3: ORT has no integer batch norm, but integer depthwise convolutions."""
     for path, nodes in _calls(traced).items():
         norm = traced.get_submodule(path)
-        if not isinstance(norm, nn.BatchNorm2d) or not norm.track_running_stats or len(nodes) > 1:
+        convolution = _convolution(norm, nodes)
+        if convolution is None or not all(_from_integers(traced, node, convolved=True) for node in nodes):
             continue
-        if not _from_integers(traced, nodes[0]):
-            continue
-        ones = nn.Conv2d(norm.num_features, norm.num_features, 1, groups=norm.num_features, bias=False)
+        ones = convolution(norm.num_features, norm.num_features, 1, groups=norm.num_features, bias=False)
         nn.init.ones_(ones.weight)
         ones.weight.requires_grad_(False)
         layer = fused(ones, config, target.weight_bits(config))
         assert layer is not None
         layer.bn = norm
         set_module(traced, path, layer)
-        _absorb(traced, nodes[0], layer)
+        if len(nodes) == 1:
+            _absorb(traced, nodes[0], layer)
 
 
-def _from_integers(traced: fx.GraphModule, node: fx.Node) -> bool:
-    """True where all that `node` reads was last computed by quantized layers: what follows a float layer stays float."""
+def _convolution(norm: nn.Module, nodes: list[fx.Node]) -> Any:
+    """The class of convolution that a batch norm with running statistics is one of, on channels with positions; None without them."""
+    if not isinstance(norm, _BatchNorm) or type(norm).forward is not _BatchNorm.forward or not norm.track_running_stats:
+        return None
+    ranks = {getattr(example(node), "ndim", 0) for node in nodes}
+    return {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}.get(ranks.pop()) if len(ranks) == 1 else None
+
+
+def _from_integers(traced: fx.GraphModule, node: fx.Node, *, convolved: bool = False) -> bool:
+    """True where all that `node` reads was last computed by quantized layers: what follows a float layer stays float.
+
+    With `convolved` linear layers are none of them: their results are floats at no cost.
+    """
     waiting, seen = list(node.all_input_nodes), set()
     while waiting:
         source = waiting.pop()
@@ -156,7 +167,7 @@ def _from_integers(traced: fx.GraphModule, node: fx.Node) -> bool:
             continue
         seen.add(source)
         module = module_of(traced, source)
-        if isinstance(module, Fused):
+        if isinstance(module, Fused) and not (convolved and isinstance(module, nn.Linear)):
             continue
         if source.op in ("placeholder", "get_attr") or (module is not None and any(True for _ in module.parameters())):
             return False

@@ -46,7 +46,7 @@ def harms(ready: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
 
     exact, found = outputs(), {}
     for path, layer in layers.items():
-        rounded = [layer] if layer.reads is None else [layer, layer.reads]
+        rounded = [layer, *layer.reads]
         for part in rounded:
             part.enable_fake_quant()
         found[path] = float((outputs() - exact).square().mean())

@@ -23,6 +23,7 @@ from torchopt.quantize.activations import ActivationQuantizer
 from torchopt.quantize.front import PRODUCTS, SUMS
 from torchopt.quantize.fuse import activation_of, ends_of
 from torchopt.quantize.kernels import LAYER, IntegerKernel, link_kernels
+from torchopt.quantize.layers import FusedLinear
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.trace import example
 from torchopt.surgery import module_of
@@ -90,7 +91,7 @@ def _match(traced: fx.GraphModule, node: fx.Node, result: fx.Node) -> Match | No
     module, operands = module_of(traced, node), [a for a in node.args if isinstance(a, fx.Node)]
     kind: Any = type(module) if module is not None else node.target
     if isinstance(module, Fused):
-        return None if module.reads is None else Match(LAYER, (operands[0],), (result,), str(node.target))
+        return None if not is_integer_layer(traced, node) else Match(LAYER, (operands[0],), (result,), str(node.target))
     if kind in SUMS or kind in PRODUCTS:
         plain = len(operands) == len(node.args) == 2 and not node.kwargs
         return Match("addition" if kind in SUMS else "product", (*operands,), (*operands,)) if plain else None
@@ -104,6 +105,14 @@ def _match(traced: fx.GraphModule, node: fx.Node, result: fx.Node) -> Match | No
     if _is_regular(kind, module, node) or isinstance(module, WINDOWS) or kind in WINDOW_FUNCTIONS:
         return Match("window_mean", (x,), (result,))
     return None
+
+
+def is_integer_layer(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """True for a convolution, and for a linear layer on rows whose result is rounded: of more dimensions the bias is added in float."""
+    if not isinstance(module_of(traced, node), FusedLinear):
+        return True
+    rows = getattr(example(node), "shape", ())
+    return len(rows) == 2 and all(isinstance(module_of(traced, user), ActivationQuantizer | IntegerKernel) for user in node.users)
 
 
 def _is_global(kind: Any, module: nn.Module | None, node: fx.Node) -> bool:

@@ -53,7 +53,8 @@ class Fused(nn.Module):
         aside: True while `rounding` is set for a while and not by the buffer (`corrections.walk.rounding`).
         shifts: True where it is not 0, so that training need not add it.
         reach: where the grid of each channel ends, as a fraction of the largest |w|; None is 1 (8 bits, learned scales).
-        reads: the quantizer of the input, where the runtime keeps the bias as an integer, in steps of both scales; else None.
+        reads: the quantizers of the inputs, one for each grid that its calls read, where the runtime keeps the bias as an integer, in
+            steps of both scales; else none.
         held: weight and bias folded beforehand, while calibration only runs the network (`folding.folded_once`); else None.
         scale_in_use: the scale of the weight that the last call computed on, where it was rounded in evaluation; else None.
     """
@@ -70,7 +71,7 @@ class Fused(nn.Module):
     shift: torch.Tensor | None
     shifts: bool = False
     aside: bool = False
-    reads: Any
+    reads: tuple[Any, ...]
     held: tuple[torch.Tensor, torch.Tensor | None] | None = None
     scale_in_use: torch.Tensor | None = None
     weight_scale_start: torch.Tensor
@@ -97,7 +98,7 @@ class Fused(nn.Module):
     def _start(self, config: Quantize, bits: int) -> None:
         self.config, self.bits, self.rounding = config, bits, True
         self._modules.update(bn=None, act=None)
-        self.__dict__["reads"] = None  # no part of this module: the quantizer has a place of its own
+        self.__dict__["reads"] = ()  # no parts of this module: the quantizers have places of their own
         device = self.weight.device
         self.register_buffer("fake_quant_enabled", torch.ones(1, dtype=torch.uint8, device=device))
         self.register_buffer("bn_frozen", torch.zeros(1, dtype=torch.uint8, device=device))
@@ -196,10 +197,11 @@ class Fused(nn.Module):
         return q * along(final, w.dim(), self.out_axis), self._in_steps(bias, final), final
 
     def _steps(self, bias: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor | None:
-        """s_x·s_w of every entry of the bias, or of all; None where no integer kernel adds it."""
-        if bias is None or self.reads is None or not (self.reads.ready and self.reads.rounding):
+        """The smallest s_x·s_w of every entry of the bias, or of all; None where no integer kernel adds it."""
+        if bias is None or not self.reads or not all(grid.ready and grid.rounding for grid in self.reads):
             return None
-        return products(self.reads.scale.detach()[0], scale.detach(), len(bias))
+        smallest = torch.stack([grid.scale.detach()[0] for grid in self.reads]).amin()
+        return products(smallest, scale.detach(), len(bias))
 
     def _wider(self, bias: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor | float:
         """How many times wider the grid of the weight must be, for the bias to fit into 32 bits.
@@ -214,8 +216,8 @@ class Fused(nn.Module):
         return times if bool((times > 1).any()) else 1.0
 
     def _in_steps(self, bias: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor | None:
-        """The bias as integer kernels add it: a multiple of s_x·s_w."""
-        step = self._steps(bias, scale)
+        """The bias as integer kernels add it: a multiple of s_x·s_w; as it is where each call has another (`kernels.layer_value`)."""
+        step = self._steps(bias, scale) if len(self.reads) == 1 else None
         return bias if bias is None or step is None else torch.round(bias / step) * step
 
     def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

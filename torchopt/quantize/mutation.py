@@ -14,6 +14,7 @@ every tensor. Each change becomes the operation that returns a new tensor, so th
 
 from __future__ import annotations
 
+import inspect
 import operator
 import os
 import re
@@ -24,10 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from torchopt import errors
 from torchopt.errors import ModelError
 
-LIBRARIES = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, errors.__file__))  # no code of the user's
+LIBRARIES = tuple(
+    str(Path(file).parent) + os.sep for file in (torch.__file__, inspect.getfile(ModelError))
+)  # no code of the user's
 
 CHANGED = "changed"  # in the meta of a node: the nodes whose values it changes
 OPERATORS: dict[Any, Any] = {

@@ -21,15 +21,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchopt.quantize.activations import ActivationQuantizer
 from torchopt.quantize.config import Quantize
 from torchopt.quantize.dropout import regularizes
+from torchopt.quantize.earlier_activations import lift
 from torchopt.quantize.front import ENTRANCE
 from torchopt.quantize.fuse import activation_of, ends_of
 from torchopt.quantize.layers import FusedLinear
 from torchopt.quantize.learned import LearnedQuantizer
-from torchopt.quantize.match import match_kernels
+from torchopt.quantize.match import is_integer_layer, match_kernels
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.targets import Target
 from torchopt.quantize.trace import example
@@ -110,23 +112,31 @@ def place(traced: fx.GraphModule, assignment: dict[str, Quantize], target: Targe
     traced.recompile()
 
 
+def lift_activations(traced: fx.GraphModule, layers: set[str]) -> None:
+    """Put activations behind moves before them, where one of the `layers`, or another operation on integers, absorbs them."""
+
+    def moves(node: fx.Node) -> bool:
+        one = node.target not in CONCATENATE | TUPLES and isinstance(example(node), torch.Tensor)
+        return one and _kind(traced, node) == "share" and isinstance(example(node.all_input_nodes[0]), torch.Tensor)
+
+    def absorbs(node: fx.Node) -> bool:
+        norm = isinstance(module_of(traced, node), _BatchNorm)
+        return norm or (node.op == "call_module" and node.target in layers) or _kind(traced, node) == "change"
+
+    lift(traced, lambda node: activation_of(traced, node) is not None, moves, absorbs)
+
+
 def _keep_integer_biases(traced: fx.GraphModule) -> None:
-    """Tell each layer whose bias the runtime keeps as an integer (convolutions, products with rounded results) which grid it reads."""
+    """Tell each layer whose bias the runtime keeps as an integer (convolutions, products with rounded results) which grids it reads."""
     read: dict[Fused, set[ActivationQuantizer | None]] = {}
     for node in traced.graph.nodes:
         layer = module_of(traced, node)
-        if isinstance(layer, Fused) and not (isinstance(layer, FusedLinear) and not _is_rounded_product(traced, node)):
+        if isinstance(layer, Fused) and is_integer_layer(traced, node):
             name = _name_of_grid(traced, node.args[0])
             read.setdefault(layer, set()).add(None if name is None else traced.get_submodule(name))  # type: ignore[arg-type]
     for layer, grids in read.items():
-        if len(grids) == 1:
-            layer.__dict__["reads"] = grids.pop()
-
-
-def _is_rounded_product(traced: fx.GraphModule, node: fx.Node) -> bool:
-    """True for a linear layer on rows whose result is rounded: of more dimensions ONNX Runtime adds the bias in float."""
-    rows = getattr(example(node), "shape", ())
-    return len(rows) == 2 and all(isinstance(module_of(traced, user), ActivationQuantizer) for user in node.users)
+        if None not in grids:
+            layer.__dict__["reads"] = tuple(grids)
 
 
 def _name_of_grid(traced: fx.GraphModule, node: Any) -> str | None:

@@ -25,7 +25,7 @@ from torchopt.quantize.fuse import fuse
 from torchopt.quantize.graphs import QuantizableGraph
 from torchopt.quantize.in_place import in_place, without_graph
 from torchopt.quantize.modules import Fused
-from torchopt.quantize.placement import place
+from torchopt.quantize.placement import lift_activations, place
 from torchopt.quantize.proving import examples, prove, prove_training
 from torchopt.quantize.rounded import share_inputs
 from torchopt.quantize.targets import Target
@@ -72,6 +72,7 @@ def static(
 
 def _on_graph(traced: QuantizableGraph, assignment: dict[str, Quantize], runtime: Target) -> list[str]:
     """Case 1, in place; returns the paths of the others."""
+    lift_activations(traced, set(assignment))
     left = fuse(traced, assignment, runtime)
     check(traced)
     if len(left) < len(assignment):

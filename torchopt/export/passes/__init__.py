@@ -6,13 +6,14 @@ from torchopt.export.passes.dynamic_matmul import DynamicMatMulPass
 from torchopt.export.passes.global_pool import GlobalPoolPass
 from torchopt.export.passes.half_weights import HalfWeightsPass
 from torchopt.export.passes.hard_sigmoid import HardSigmoidPass
-from torchopt.export.passes.integer_batch_norm import IntegerBatchNormPass
 from torchopt.export.passes.integer_transposed import IntegerTransposedPass
 from torchopt.export.passes.integer_weights import IntegerWeightsPass
+from torchopt.export.passes.keep_apart import KeepApartPass
 from torchopt.export.passes.keep_float import KeepFloatPass
 from torchopt.export.passes.late_bias import LateBiasPass
 from torchopt.export.passes.late_dequantize import LateDequantizePass
 from torchopt.export.passes.own_weights import OwnWeightsPass
+from torchopt.export.passes.partial_windows import PartialWindowsPass
 from torchopt.export.passes.redundant_activations import RedundantActivationsPass
 from torchopt.export.passes.short_names import ShortNamesPass
 from torchopt.export.passes.static_shapes import StaticShapesPass
@@ -26,13 +27,14 @@ __all__ = [
     "GlobalPoolPass",
     "HalfWeightsPass",
     "HardSigmoidPass",
-    "IntegerBatchNormPass",
     "IntegerTransposedPass",
     "IntegerWeightsPass",
+    "KeepApartPass",
     "KeepFloatPass",
     "LateBiasPass",
     "LateDequantizePass",
     "OwnWeightsPass",
+    "PartialWindowsPass",
     "RedundantActivationsPass",
     "ShortNamesPass",
     "StaticShapesPass",

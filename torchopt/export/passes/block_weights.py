@@ -27,6 +27,12 @@ EXACT, FAST = 1, 4  # accuracy_level: float arithmetic; integers
 ZERO = 8  # what the kernel subtracts from a code
 
 
+def rounds_its_input(node: ir.Node) -> bool:
+    """True for a product in blocks that ONNX Runtime may compute on integers."""
+    level = node.attributes.get("accuracy_level")
+    return node.op_type == "MatMulNBits" and level is not None and level.as_int() == ACCURACY
+
+
 class BlockWeightsPass(ir.passes.InPlacePass):
     """Rewrite every product with a weight that has a scale a block.
 

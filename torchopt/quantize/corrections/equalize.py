@@ -91,13 +91,10 @@ def equalize(model: nn.Module, calls: Sequence[Call]) -> int:
     with rounding(model, enabled=False), folded_once(model.modules()):
         for args in ordered(model, calls):
             peaks.run(*args)
-    for node, peak in peaks.found.items():
-        if not bool(torch.isfinite(peak).all()):
-            what = f"the output of {node.target}" if node.op == "call_module" else f"the result of {node.name}"
-            raise DataError(
-                f"calibrate: {what} is NaN or infinite on this data; clean it, or leave the layers around it out of the rules"
-            )
-    return _proved(model, [group for group in groups(model, peaks.found) if group.whole], few, before)
+    wanted = [group for group in groups(model, peaks.found) if group.whole]
+    for group in wanted:
+        _check_finite(model, group)
+    return _proved(model, wanted, few, before)
 
 
 def _proved(model: nn.Module, wanted: list[Group], calls: Sequence[Call], before: Sequence[Run]) -> int:
@@ -129,6 +126,19 @@ def _touched(wanted: list[Group]) -> list[torch.Tensor]:
     """All tensors that scaling may write into."""
     found = {id(t): t for layer in _layers(wanted) for t in (*layer.parameters(), *layer.buffers())}
     return list(found.values())
+
+
+def _check_finite(model: nn.Module, group: Group) -> None:
+    """Refuse factors from NaN or infinity; elsewhere both are the network's own affair, such as −∞ in a mask.
+
+    Raises:
+        DataError: they are there.
+    """
+    if group.peak is not None and not bool(torch.isfinite(group.peak).all()):
+        maker = next(name for name, module in model.named_modules() if module is group.makers[0])
+        raise DataError(
+            f"calibrate: the output of {maker} is NaN or infinite on this data; clean it, or leave the layers around it out of the rules"
+        )
 
 
 class Peaks(fx.Interpreter):
