@@ -30,7 +30,7 @@ ZERO = 8  # what the kernel subtracts from a code
 def rounds_its_input(node: ir.Node) -> bool:
     """True for a product in blocks that ONNX Runtime may compute on integers."""
     level = node.attributes.get("accuracy_level")
-    return node.op_type == "MatMulNBits" and level is not None and level.as_int() == ACCURACY
+    return node.op_type == "MatMulNBits" and level is not None and level.as_int() == FAST
 
 
 class BlockWeightsPass(ir.passes.InPlacePass):
