@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "torchopt"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = [
-    {"errors", "files", "progress", "packing", "web", "strict", "located", "importing", "copies", "alone"},
+    {"errors", "files", "progress", "packing", "web", "strict", "located", "importing", "alone"},
     {
         "weights",
         "grid",
@@ -35,6 +35,8 @@ ROOMS = [
         "computed",
         "plain",
         "moved",
+        "copies",
+        "known",
     },
     {"prune", "cluster", "quantize"},
     {"export", "runtime"},

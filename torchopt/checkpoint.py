@@ -26,6 +26,7 @@ from torchopt.copies import copied
 from torchopt.errors import ConfigError, FileError, StateError, TorchoptError
 from torchopt.files import atomic_path
 from torchopt.grid import SUFFIX, grids, set_grid
+from torchopt.known import as_saved
 from torchopt.plain import KINDS, described, plain
 from torchopt.prune.plan import apply_plan, plan_of
 from torchopt.quantize import (
@@ -70,7 +71,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     found = require_state(model, "save") if find_state(model) is not None else None
     inner = found[0] if found else model
     header = _header(inner, found[1] if found else None)
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in inner.state_dict().items()}
+    state = inner.state_dict()
+    tensors = {name: t.detach().cpu().clone().contiguous() for name, t in state.items() if isinstance(t, torch.Tensor)}
+    header["extra"] = _as_json({name: value for name, value in state.items() if name not in tensors})
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata={"torchopt": json.dumps(header)})
 
@@ -93,10 +96,12 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         raise ConfigError(f"{path}: holds tensors, not code; give a freshly built network: load(path, build_the_network())")
     fresh = copied(model)
     try:
+        if "prepared" not in header:
+            fresh = as_saved(fresh, tensors, header.get("linears", ()))
         _as_layers(fresh, header.get("traced", {}), tensors)
         apply_plan(fresh, header["plan"])
         rebuilt = _rebuild(fresh, header, tensors, str(path))
-        rebuilt.load_state_dict(_versioned(tensors, rebuilt), strict=True)
+        rebuilt.load_state_dict(_versioned({**tensors, **header.get("extra", {})}, rebuilt), strict=True)
     except TorchoptError:
         raise
     except (RuntimeError, KeyError, AttributeError, TypeError, ValueError) as error:
@@ -110,6 +115,7 @@ def _header(model: nn.Module, state: State | None) -> Header:
     header: Header = {
         "format": FORMAT,
         "plan": state.plan if state is not None else plan_of(model),
+        "linears": [n for n, m in model.named_modules() if isinstance(m, nn.Linear)],
         "dynamic": [n for n, m in model.named_modules() if isinstance(m, DynamicLinear)],
         "rounded": {n: m.describe() for n, m in model.named_modules() if isinstance(m, Rounded)},
         "grids": {n: [g.bits, g.axis, g.block] for n, g in grids(model).items()},
@@ -175,7 +181,26 @@ def _as_layers(model: nn.Module, traced: Mapping[str, Any], tensors: Mapping[str
             set_module(model, path, plain(own, name, fields))
 
 
-def _versioned(tensors: Mapping[str, torch.Tensor], model: nn.Module) -> Mapping[str, torch.Tensor]:
+def _as_json(extra: dict[str, Any]) -> dict[str, Any]:
+    """What modules give as extra state, where JSON gives it back as it is.
+
+    Raises:
+        FileError: something does not come back.
+    """
+    for name, value in extra.items():
+        try:
+            same = json.loads(json.dumps(value)) == value
+        except (TypeError, ValueError):
+            same = False
+        if not same:
+            raise FileError(
+                f"save: {name} is a {type(value).__name__} that JSON does not give back as it is, and nothing is pickled; "
+                "return plain dicts, lists, numbers and strings, or a tensor, from get_extra_state"
+            )
+    return extra
+
+
+def _versioned(tensors: Mapping[str, Any], model: nn.Module) -> Mapping[str, torch.Tensor]:
     """The tensors with the versions that the model's modules write today; some refuse a state without (MNASNet)."""
     state = OrderedDict(tensors)
     state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]

@@ -29,6 +29,7 @@ from torchopt.earlier import Left, left_behind
 from torchopt.errors import RuleError
 from torchopt.fallback import faster_rules
 from torchopt.intact import check_finished, check_intact, warn_of_the_loop
+from torchopt.known import known
 from torchopt.prune import ConstantSparsity, Prune
 from torchopt.prune.plan import plan_of
 from torchopt.refusals import refuse_model, refuse_weights
@@ -72,6 +73,7 @@ def prepare(
     """
     refuse_model(model)
     rules, example_inputs = checked(rules), arguments(example_inputs)
+    model, said = known(model)
     found = left_behind(weights(model) + custom_weights(model)) if preserve else {}
 
     def quantized(trial: Sequence[Rule]) -> nn.Module:
@@ -83,7 +85,7 @@ def prepare(
     rules, slower = faster_rules(copied(model), rules, example_inputs, target, quantized)
     ready = attach(model, rules, example_inputs, found, target)
     state = require_state(ready, "prepare")[1]
-    state.skipped += slower
+    state.skipped += slower + said
     state.moved.remember(ready.parameters())
     return ready
 
@@ -92,6 +94,7 @@ def attach(
     model: nn.Module, rules: Sequence[Rule], example_inputs: tuple[Any, ...] | None, found: Mapping[str, Left], target: str
 ) -> nn.Module:
     """Return a copy of `model` prepared by `rules`, with what earlier rounds left given; loading a checkpoint repeats this."""
+    model, _ = known(model)
     ready, plan = copied(model), plan_of(model)
     origin = twin(ready)
     assigned = assign(ready, rules)

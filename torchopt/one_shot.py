@@ -21,6 +21,7 @@ from torchopt.compress import calibrate, finalize, prepare
 from torchopt.copies import copied
 from torchopt.errors import ConfigError
 from torchopt.gradients import Gradients, Loss, sample_gradients
+from torchopt.known import known
 from torchopt.refusals import refuse_model
 from torchopt.rules import Rule, assign
 from torchopt.state import require_state
@@ -122,7 +123,7 @@ def _ready(
 @alone()
 def _unfrozen(model: nn.Module) -> nn.Module:
     """A copy whose weights may all change: freezing is about training, and nothing trains in one shot."""
-    return copied(model).requires_grad_(True)
+    return copied(known(model)[0]).requires_grad_(True)
 
 
 def _by_gradients(model: nn.Module, rules: Sequence[Rule], batches: object, loss: object) -> dict[str, bool]:

@@ -26,6 +26,7 @@ from torchopt.export.traced_grids import trace_grids, translations, type_codes
 
 BATCH = "batch"
 BRANCHES = "its code asks for a value that only data gives: decide it beforehand (torch's decoder layers: tgt_is_causal=True)"
+INSTEAD = {"cdist": "write (a.unsqueeze(-2) - b.unsqueeze(-3)).square().sum(-1).sqrt() for torch.cdist(a, b)"}
 FIXED = "the model fixes its batch size: export it with dynamic_batch=False"
 
 
@@ -144,6 +145,11 @@ def _nested(module: nn.Module, shapes: tuple[Any, ...] | None) -> Any:
 
 def _sentence(name: str, error: BaseException) -> str:
     reason = _reason(error)
+    missing = re.search(r"No ONNX function found for <OpOverload\(op='\w+\.(\w+)'", reason)
+    if missing:
+        operation = missing[1].removeprefix("_").removesuffix("_forward")
+        remedy = INSTEAD.get(operation, "compute it from operations that ONNX has, or leave it to the code around the file")
+        return f"export: {name} cannot be exported to ONNX, which has no form of torch's {operation}; {remedy}"
     fixed = re.search(r"onstraints violated|specialized|marked .* dynamic", f"{error} {reason}")
     remedy = f"; {FIXED}" if fixed else f"; {BRANCHES}" if "data-dependent" in reason else ""
     return f"export: {name} cannot be exported to ONNX: {reason}{remedy}"

@@ -40,7 +40,7 @@ def plan_of(model: nn.Module) -> Plan:
     plan: Plan = {
         "sizes": {name: found for name, module in model.named_modules() if (found := _sizes(module))},
         "numbers": [[number.module, list(number.path), number.value] for number in numbers(model)],
-        "shapes": {name: list(tensor.shape) for name, tensor in model.state_dict().items()},
+        "shapes": {name: list(tensor.shape) for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)},
         "heads": [name for name, module in model.named_modules() if isinstance(module, HeadAttention)],
     }
     shrunken = shrunken_of(model)

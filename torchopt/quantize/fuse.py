@@ -124,7 +124,12 @@ def _absorb(traced: fx.GraphModule, node: fx.Node, layer: Fused, *, norms: bool 
 
 
 def _over_channels(node: fx.Node, layer: Fused) -> bool:
-    """True where axis 1, which a batch norm normalizes, holds the channels of the layer: not for a linear one over (N, nodes, features)."""
+    """True where axis 1, which a batch norm normalizes, holds the channels of the layer, each with a scale of its own.
+
+    Not so for a linear layer over (N, nodes, features), and for a transposed convolution in groups, which share their scales.
+    """
+    if layer.out_axis == 1 and layer.groups > 1:
+        return False
     value = example(node)
     return layer.channel_axis == 1 or (isinstance(value, torch.Tensor) and value.dim() == 2)
 

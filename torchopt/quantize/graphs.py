@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import types
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,12 +14,58 @@ HOOKS = tuple(name for name in vars(nn.Module()) if name.startswith("_forward_")
 KEPT = ("_modules", *HOOKS)  # of a graph module, where torch's constructor keeps what the graph calls
 
 
+@dataclass(frozen=True, kw_only=True)
+class Was:
+    """The class of a network that was traced, and its plain attributes."""
+
+    of: type[nn.Module]
+    attributes: dict[str, Any]
+
+
 class QuantizableGraph(fx.GraphModule):
     """A graph module whose copies keep hooks, and all submodules: torchopt's step counter, and layers of which the graph reads a weight.
 
     Pickle takes the graph node by node. Torch would write the code and trace it again, by a tracer that wants to see the network, and
     through weights that are computed when they are read.
     """
+
+    was: Was | None = None  # of each graph's own class, so that no file holds it
+
+    def __getattr__(self, name: str) -> Any:
+        """What the network had beside its forward: plain attributes, and methods, which run on the prepared layers.
+
+        Raises:
+            AttributeError: the graph has it not; says so.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            was = type(self).was
+            if was is None or name.startswith("_"):
+                raise
+            if name in was.attributes:
+                return was.attributes[name]
+            method = getattr(was.of, name, None)
+            if isinstance(method, types.FunctionType):
+                return types.MethodType(method, self)
+            raise AttributeError(
+                f"{was.of.__name__} was prepared as the graph of its forward, which has no {name!r}; ask the network that it was made of"
+            ) from error
+
+    def __getitem__(self, key: int) -> nn.Module:
+        """Layer `key` of a traced nn.Sequential, as prepared.
+
+        Raises:
+            IndexError: it is part of another layer now, or there was none.
+        """
+        found = self._modules.get(str(key))
+        if found is None:
+            raise IndexError(
+                f"layer {key} is no layer of the prepared graph, or part of the one before it; ask the network that it was made of"
+            )
+        return found
+
+    __iter__ = None  # layers that became part of others would be missing
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizableGraph:
         own, tables = type(self), self._modules.get("parametrizations")

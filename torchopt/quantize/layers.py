@@ -46,9 +46,18 @@ class FusedConv3d(_Convolution, nn.Conv3d):
 
 
 class _Transposed(Fused):
-    """Transposed convolutions; `output_size` is not taken."""
+    """Transposed convolutions."""
 
     functional: Any
+
+    def forward(self, x: torch.Tensor, output_size: Any = None) -> torch.Tensor:  # type: ignore[override]
+        """Return act(bn(layer(x))), of the sizes asked for, as torch's layer does."""
+        if output_size is not None:  # kept, so that corrections, which know the input alone, compute the same
+            m: Any = self
+            m.output_padding = tuple(
+                m._output_padding(x, output_size, m.stride, m.padding, m.kernel_size, len(m.kernel_size), m.dilation)
+            )
+        return super().forward(x)
 
     def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The transposed convolution."""

@@ -233,7 +233,7 @@ def _is_linear(traced: fx.GraphModule, node: fx.Node) -> bool:
 def _users_to_round(traced: fx.GraphModule, node: fx.Node, kinds: dict[fx.Node, str], integer: set[fx.Node]) -> list[fx.Node]:
     """Who must read the value of `node` rounded: everybody where an integer operation made it, else the integer ones."""
     users = list(node.users)
-    if node.op == "output" or not users:
+    if node.op == "output" or not users or not _is_rounded(example(node)):
         return []
     if node not in integer:
         readers = [u for u in users if u in integer and kinds[u] in ("layer", "change") and not u.meta.get(ENTRANCE)]
@@ -245,6 +245,13 @@ def _users_to_round(traced: fx.GraphModule, node: fx.Node, kinds: dict[fx.Node, 
     if _is_linear(traced, node) and not any(u in integer for u in users):
         return []
     return users
+
+
+def _is_rounded(value: Any) -> bool:
+    """False for several tensors at once (chunks, a pool with its indices), for indices and for sizes, as far as the example shows."""
+    if isinstance(value, torch.Tensor):
+        return value.is_floating_point()
+    return not isinstance(value, tuple | list | int | float | bool | torch.dtype | torch.device)
 
 
 def _made_by(traced: fx.GraphModule, node: fx.Node) -> Any:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ def static(
     try:
         traced, _ = trace(model, example_inputs)
         prove(origin, traced, calls, "tracing")
+        _tell_of_hooks(model, traced)
     except ModelError:
         if not _can_do_without(model, example_inputs):
             raise
@@ -82,6 +84,21 @@ def _on_graph(traced: QuantizableGraph, assignment: dict[str, Quantize], runtime
     traced.recompile()
     forget(traced.graph)
     return [path for path in left if path in dict(traced.named_modules())]
+
+
+def _tell_of_hooks(model: nn.Module, traced: QuantizableGraph) -> None:
+    """Warn of hooks on modules whose forward became part of the graph: what they compute is in it, and nobody calls them again."""
+    called = {str(node.target) for node in traced.graph.find_nodes(op="call_module")}
+    hooked = [
+        path for path, m in model.named_modules() if path and path not in called and (m._forward_hooks or m._forward_pre_hooks)
+    ]
+    if hooked:
+        more = f" (and {len(hooked) - 1} more modules)" if len(hooked) > 1 else ""
+        warnings.warn(
+            f"prepare: the forward hooks on {hooked[0]}{more} are not called any more, since the graph has the layers inside alone; "
+            "register them on layers, or on the prepared network itself",
+            stacklevel=2,
+        )
 
 
 def _can_do_without(model: nn.Module, example_inputs: tuple[Any, ...]) -> bool:

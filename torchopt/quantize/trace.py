@@ -32,7 +32,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchopt.errors import ModelError
 from torchopt.quantize.dropout import as_modules, regularizes
 from torchopt.quantize.functional import call_layers, computed_weights, drop_identities, move_inner
-from torchopt.quantize.graphs import HOOKS, QuantizableGraph
+from torchopt.quantize.graphs import HOOKS, QuantizableGraph, Was
 from torchopt.quantize.layers import LEFT, layer_class
 from torchopt.quantize.mutation import CHANGED, LIBRARIES, take_any_layout, versions, write_as_values
 from torchopt.quantize.ranks import answer_ranks
@@ -226,6 +226,8 @@ def _traced(model: nn.Module, graph: fx.Graph) -> QuantizableGraph:
     for path, reason in reasons.items():
         traced.get_submodule(path).__dict__[LEFT] = reason
     as_modules(traced)
+    plain = {name: value for name, value in vars(model).items() if not name.startswith("_") and name not in vars(traced)}
+    type(traced).was = Was(of=type(model), attributes=plain)
     for hooks in HOOKS:
         traced.__dict__[hooks].update(model.__dict__[hooks])
     traced.train(model.training)

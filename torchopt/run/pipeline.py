@@ -135,7 +135,7 @@ def checked(recipe: Recipe, model: nn.Module) -> Dataset:
         if stage.compress is not None:
             assign(model, stage.compress)
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"model: {name} holds NaN or infinity; finite weights are needed")
     data = recipe.data.load()
     try:

@@ -86,7 +86,7 @@ def started_model(recipe: Recipe, weights: Tensors, plan: Plan | None = None) ->
 
 
 def _copied(model: nn.Module) -> Tensors:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    return {name: t.detach().clone() if isinstance(t, torch.Tensor) else t for name, t in model.state_dict().items()}
 
 
 def _compressed(
