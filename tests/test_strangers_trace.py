@@ -1,4 +1,4 @@
-"""What strangers write in a forward, and layers in other clothes: the prepared network is the float one, in both modes, and says the rest."""
+"""What strangers write in a forward, and layers in other clothes: the prepared network is the float one in both modes, or says why."""
 
 import pytest
 import torch
