@@ -6,6 +6,7 @@ is a layer as any other. A convolution whose weight comes from the input is one 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -48,10 +49,12 @@ def layers(view: View) -> list[Found]:
     """Return the layers in the file's order, one for each weight."""
     plain = {id(layer.node): layer.weights for layer in view.layers}
     constants = {id(constant.value): constant for constant in view.constants}
+    fixed = _fixed(view)
     found = []
     for scope, node in view.nodes:
-        ways = [_way(node, i, constants) for i in weight_inputs(node)]
-        known = [way for way in ways if way is not None][: None if node.op_type in BOTH else 1]
+        places = [i for i in weight_inputs(node) if i < len(node.inputs) and id(node.inputs[i]) in fixed]
+        ways = (way for i in places if (way := _way(node, i, constants)) is not None)
+        known = list(ways if node.op_type in BOTH else itertools.islice(ways, 1))
         if id(node) in plain:  # in a function, where the way ends at a parameter, too
             between = {id(way.weight): way.between for way in known}
             found += [Found(name=_name(w), node=node, weight=w, between=between.get(id(w), frozenset())) for w in plain[id(node)]]
@@ -67,9 +70,19 @@ def _name(weight: Constant) -> str:
     return f"{weight.scope.name}/{weight.name}" if weight.scope.name else weight.name
 
 
+def _fixed(view: View) -> set[int]:
+    """The identities of all values that constants alone decide; nodes come after what they read."""
+    fixed = {id(constant.value) for constant in view.constants if not constant.replaceable}
+    for _, node in view.nodes:
+        alone = node.inputs and not any(_is_graph(attribute) for attribute in node.attributes.values())
+        if alone and all(value is None or id(value) in fixed for value in node.inputs):
+            fixed |= {id(value) for value in node.outputs}
+    return fixed
+
+
 def _way(node: ir.Node, index: int, constants: dict[int, Constant]) -> Found | None:
-    """The largest constant that an input is computed from, if from constants alone."""
-    waiting, seen, between, sources = [node.inputs[index] if index < len(node.inputs) else None], set[int](), set[str](), []
+    """The largest constant that an input is computed from."""
+    waiting, seen, between, sources = [node.inputs[index]], set[int](), set[str](), []
     for value in waiting:  # it grows
         if value is None or id(value) in seen:
             continue
@@ -77,13 +90,11 @@ def _way(node: ir.Node, index: int, constants: dict[int, Constant]) -> Found | N
         producer, constant = value.producer(), constants.get(id(value))
         if constant is not None:
             sources.append(constant)
-        elif producer is None or not producer.inputs or any(_is_graph(a) for a in producer.attributes.values()):
-            return None
-        else:
+        elif producer is not None:
             between.add(producer.op_type)
             waiting += producer.inputs
     weight = max(sources, key=lambda constant: constant.stored_bytes, default=None)
-    if weight is None or any(constant.replaceable for constant in sources):
+    if weight is None:
         return None
     return Found(name=_name(weight), node=node, weight=weight, between=frozenset(between))
 
