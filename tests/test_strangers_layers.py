@@ -23,7 +23,7 @@ class NormAct(nn.BatchNorm2d):
 
     def __init__(self, channels: int, act: type[nn.Module] = nn.ReLU) -> None:
         super().__init__(channels)
-        self.drop, self.act = nn.Identity(), act()
+        self.drop, self.act = nn.Identity(), act(inplace=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         torch._assert(x.ndim == 4, f"expected 4D input (got {x.ndim}D input)")
@@ -39,10 +39,27 @@ class ConvSame(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h, w = x.size()[-2:]
-        down = max((math.ceil(h / self.stride[0]) - 1) * self.stride[0] + self.kernel_size[0] - h, 0)
-        right = max((math.ceil(w / self.stride[1]) - 1) * self.stride[1] + self.kernel_size[1] - w, 0)
+        kernel = self.weight.shape[-2:]
+        down = max((math.ceil(h / self.stride[0]) - 1) * self.stride[0] + kernel[0] - h, 0)
+        right = max((math.ceil(w / self.stride[1]) - 1) * self.stride[1] + kernel[1] - w, 0)
         x = F.pad(x, [right // 2, right - right // 2, down // 2, down - down // 2])
         return F.conv2d(x, self.weight, self.bias, self.stride, (0, 0), self.dilation, self.groups)
+
+
+class Written(nn.Linear):
+    """Calls itself as a function, and writes into the result."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu_(F.linear(x, self.weight, self.bias))
+
+
+def test_a_result_that_is_written_into_is_the_layers():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Written(8, 8), nn.Identity(), nn.ReLU(inplace=True), nn.Linear(8, 4)), torch.randn(16, 8)
+    ready = torchopt.prepare(model, STATIC, (x,))
+    assert isinstance(ready.get_submodule("0").act, nn.ReLU)
+    final = torchopt.one_shot(model, STATIC, [x], example_inputs=(x,), progress=False)
+    torch.testing.assert_close(final(x), model(x), rtol=0, atol=0.05 * float(model(x).detach().abs().max()))
 
 
 class Scaled(nn.Linear):

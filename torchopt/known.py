@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
 from torch.nn.utils.weight_norm import WeightNorm
 
 from torchopt.copies import copied
@@ -70,6 +70,9 @@ def bake_norms(model: nn.Module, names: Mapping[str, str]) -> None:
         else:
             with evaluating(module):  # one more power iteration would give another weight
                 nn.utils.remove_spectral_norm(module, param)
+            for key, hook in list(module._load_state_dict_pre_hooks.items()):  # torch looks for it unwrapped, and leaves it
+                if isinstance(getattr(hook, "hook", hook), SpectralNormLoadStateDictPreHook):
+                    del module._load_state_dict_pre_hooks[key]
 
 
 def turned_linears(model: nn.Module) -> list[str]:

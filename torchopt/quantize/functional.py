@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchopt.copies import twin
 from torchopt.plain import CONV, EMBED, plain
 from torchopt.proof import undisturbed
+from torchopt.quantize.mutation import put_instead
 
 Fields = dict[str, Any]
 CONVOLUTIONS: dict[Any, type[nn.Module]] = {
@@ -79,8 +80,7 @@ def call_layers(model: nn.Module, graph: fx.Graph, shape_of: Any) -> dict[str, n
             with graph.inserting_before(node):
                 call = graph.call_module(path, (node.args[0] if node.args else node.kwargs["input"],))
             call.meta.update(node.meta)
-            node.replace_all_uses_with(call)
-            graph.erase_node(node)
+            put_instead(graph, node, call)
     for node in graph.find_nodes(op="get_attr"):
         if not node.users:
             graph.erase_node(node)
@@ -94,11 +94,11 @@ def _plain(module: nn.Module, layer: Layer) -> nn.Module:
 
 def computed_weights(model: nn.Module, graph: fx.Graph) -> dict[str, str]:
     """Return why, by path, of layers whose weight a graph reads and does not multiply with: it computes another one from it."""
-    reasons = {}
+    reasons, called = {}, {str(node.target) for node in graph.find_nodes(op="call_module")}
     for node in graph.find_nodes(op="get_attr"):
         path = _owner(node, "weight")
         module = model.get_submodule(path) if path else None
-        if path and isinstance(module, LAYERS):
+        if path and path not in called and isinstance(module, LAYERS):
             reasons[path] = (
                 f"its forward computes another weight from it in each call ({type(module).__name__}), and no integer layer does; it stays "
                 "float (where the weight is final, put a plain layer with the computed one in its place)"
@@ -111,8 +111,7 @@ def drop_identities(model: nn.Module, graph: fx.Graph) -> None:
     for node in graph.find_nodes(op="call_module"):
         module = model.get_submodule(str(node.target))
         if type(module) is nn.Identity and not module._forward_hooks and not module._forward_pre_hooks and len(node.args) == 1:
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
+            put_instead(graph, node, node.args[0])
 
 
 def move_inner(model: nn.Module, graph: fx.Graph, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:

@@ -128,7 +128,7 @@ def _over_channels(node: fx.Node, layer: Fused) -> bool:
 
     Not so for a linear layer over (N, nodes, features), and for a transposed convolution in groups, which share their scales.
     """
-    if layer.out_axis == 1 and layer.groups > 1:
+    if layer.out_axis == 1 and int(getattr(layer, "groups", 1)) > 1:
         return False
     value = example(node)
     return layer.channel_axis == 1 or (isinstance(value, torch.Tensor) and value.dim() == 2)

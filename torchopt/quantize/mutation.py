@@ -45,6 +45,15 @@ def versions(node: fx.Node, value: Any) -> dict[fx.Node, int]:
     return {source: t._version for source in node.all_input_nodes if isinstance(t := value(source), torch.Tensor)}
 
 
+def put_instead(graph: fx.Graph, node: fx.Node, other: fx.Node) -> None:
+    """Let `other` be read and changed where `node` was, and erase `node`."""
+    for user in node.users:
+        if node in user.meta.get(CHANGED, ()):
+            user.meta[CHANGED] = [other if changed is node else changed for changed in user.meta[CHANGED]]
+    node.replace_all_uses_with(other)
+    graph.erase_node(node)
+
+
 def write_as_values(model: nn.Module, graph: fx.Graph, value: Any) -> None:
     """Rewrite the changes that a graph makes in place, in place.
 

@@ -34,7 +34,7 @@ from torchopt.quantize.dropout import as_modules, regularizes
 from torchopt.quantize.functional import call_layers, computed_weights, drop_identities, move_inner
 from torchopt.quantize.graphs import HOOKS, QuantizableGraph, Was
 from torchopt.quantize.layers import LEFT, layer_class
-from torchopt.quantize.mutation import CHANGED, LIBRARIES, take_any_layout, versions, write_as_values
+from torchopt.quantize.mutation import CHANGED, LIBRARIES, put_instead, take_any_layout, versions, write_as_values
 from torchopt.quantize.ranks import answer_ranks
 from torchopt.surgery import evaluating, set_module
 
@@ -250,11 +250,12 @@ def _call_linear_layers(model: nn.Module, graph: fx.Graph) -> None:
         own = bias is None or (isinstance(bias, fx.Node) and bias.target == f"{path}.bias")
         with graph.inserting_before(node):
             call = graph.call_module(path, (x,))
+            call.meta.update(node.meta)
             if not own:
                 apart = bias if layer.bias is None else graph.call_function(torch.sub, (bias, graph.get_attr(f"{path}.bias")))
                 call = graph.call_function(torch.add, (call, apart))
-        node.replace_all_uses_with(call)
-        graph.erase_node(node)
+                call.meta.update(node.meta)
+        put_instead(graph, node, call)
 
 
 def _require(graph: fx.Graph, example_inputs: tuple[Any, ...]) -> None:
