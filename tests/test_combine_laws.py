@@ -291,5 +291,6 @@ def test_a_step_computes_no_weight_that_nobody_reads(monkeypatch):
     net, x, y = build("large")
     ready = prepared("large", (True, True, False), net, x)
     train(ready, x, y, 1)
+    torch.optim.SGD(ready.parameters(), lr=0.1).step()  # a step follows a step of the optimizer
     monkeypatch.setattr(torchopt.cluster.SharedWeights, "forward", lambda *_: pytest.fail("computed"))
     torchopt.step(ready)

@@ -54,10 +54,11 @@ def shot(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_three_threads_quantize_while_a_fourth_runs_its_network() -> None:
     x, alone, other = pictures(), shot(made(), pictures()), nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval()
     found, failed, done = [], [], threading.Event()
+    waiting = [made(wait=0.02) for _ in range(3)]  # made here: threads share torch's random state
 
     def compress() -> None:
         try:
-            found.append(shot(made(wait=0.02), x))
+            found.append(shot(waiting.pop(), x))
         except Exception as error:
             failed.append(error)
 

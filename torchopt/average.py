@@ -38,9 +38,11 @@ def ema_multi_avg_fn(decay: float = 0.999) -> Callable[[Tensors, Tensors, Any], 
         >>> import torchopt
         >>> half = torchopt.Prune(schedule=torchopt.ConstantSparsity(target_sparsity=0.5, frequency=1))
         >>> model = torchopt.prepare(torch.nn.Linear(8, 8), [torchopt.Rule("*", prune=half)])
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=ema_multi_avg_fn(0.9), use_buffers=True)
         >>> for _ in range(3):
-        ...     model(torch.randn(4, 8)).sum().backward()  # and the optimizer's step
+        ...     model(torch.randn(4, 8)).sum().backward()
+        ...     optimizer.step()
         ...     _ = torchopt.step(model)
         ...     average.update_parameters(model)
         >>> int((torchopt.finalize(average).weight == 0).sum())

@@ -82,7 +82,9 @@ class QuantizableGraph(fx.GraphModule):
         for name in computed:
             twin._buffers.pop(name, None)
             twin.__dict__.pop(name, None)
-        twin.__class__ = own
+        if computed:
+            twin.__class__ = _with_properties(type(twin), own)
+        type(twin).was = own.was
         kept = {name: value for name, value in self.__dict__.items() if name in KEPT}
         twin.__dict__.update(copy.deepcopy(kept, memo))
         return twin  # type: ignore[no-any-return]
@@ -96,6 +98,12 @@ class QuantizableGraph(fx.GraphModule):
             for n in self.graph.nodes
         ]
         return remade_graph, (type(self).__name__, nodes, state)
+
+
+def _with_properties(made: type, own: type) -> type:
+    """A copy's own class, with the properties that compute weights; fx writes a graph's forward into the class, so none is shared."""
+    left = ("__dict__", "__weakref__", "__doc__", "__module__", "forward")
+    return type(own.__name__, (made,), {name: value for name, value in vars(own).items() if name not in left})
 
 
 class Place(int):

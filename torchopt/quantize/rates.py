@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torchopt.proof import Call, run
 from torchopt.quantize.dropout import MODULES
 
-ATTENTION = F.scaled_dot_product_attention
+ATTENTION = {F.scaled_dot_product_attention: 4, F.multi_head_attention_forward: 10}  # the place of the rate among their arguments
 
 
 class NoDropout(TorchFunctionMode):
@@ -45,11 +45,15 @@ class NoDropout(TorchFunctionMode):
             if on:
                 self.rates.append(float(rate))
                 return args[0] if args else kwargs["input"]
-        if func is ATTENTION:
-            rate = kwargs.pop("dropout_p", args[4] if len(args) > 4 else 0.0)
-            if rate:
+        place = ATTENTION.get(func)
+        if place is not None:  # with dropout inside, which no function of these shows
+            rate = kwargs.pop("dropout_p", args[place] if len(args) > place else 0.0)
+            if rate and kwargs.get("training", True):
                 self.rates.append(float(rate))
-            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+            if len(args) > place:
+                args = (*args[:place], 0.0, *args[place + 1 :])
+            elif func is F.multi_head_attention_forward:
+                kwargs["dropout_p"] = 0.0
         return func(*args, **kwargs)
 
 
@@ -73,7 +77,7 @@ def restore_rates(origin: nn.Module, network: nn.Module, call: Call) -> None:
         given, owners = _used(network, call)
     except Exception:  # what does not run in training mode is said by the comparison
         return
-    if wanted == given:
+    if [rate for rate in wanted if rate] == [rate for rate in given if rate]:
         return
     if len(wanted) != len(given):
         warnings.warn(
