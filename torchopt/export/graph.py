@@ -74,6 +74,12 @@ def to_onnx(model: nn.Module, example_inputs: tuple[Any, ...], *, opset: int, dy
 
 
 def _check(model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, nn.LSTM) and module.proj_size:
+            raise ModelError(
+                f"export: {path or type(model).__name__}: nn.LSTM(proj_size={module.proj_size}) has no form in ONNX, whose LSTM projects "
+                "nothing; use nn.LSTM without proj_size, and an nn.Linear behind it"
+            )
     if not isinstance(example_inputs, tuple) or not any(isinstance(x, torch.Tensor) for x in example_inputs):
         raise DataError(
             f"export: example_inputs is {type(example_inputs).__name__}; a tuple with the tensors of one call is needed"

@@ -18,7 +18,8 @@ from torchopt.quantize.attention import open_attentions
 from torchopt.quantize.blocks import FusedBlockLinear
 from torchopt.quantize.config import Quantize
 from torchopt.quantize.dynamic import FusedDynamicLinear
-from torchopt.quantize.in_place import WEIGHTS_LATER, in_place, twins, weights_later
+from torchopt.quantize.in_place import in_place, twins
+from torchopt.quantize.later import WEIGHTS_LATER, weights_later
 from torchopt.quantize.layers import LEFT
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.naming import name_of_value

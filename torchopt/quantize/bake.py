@@ -13,13 +13,12 @@ from torchopt.grid import set_grid
 from torchopt.quantize.activations import ActivationQuantizer, FixedQuantize
 from torchopt.quantize.dropout import Regularizer
 from torchopt.quantize.fuse import activation_of, ends_of
-from torchopt.quantize.in_place import WEIGHTS_LATER, weights_later
 from torchopt.quantize.kernels import IntegerKernel, link_kernels
+from torchopt.quantize.later import WEIGHTS_LATER, snapped, weights_later
 from torchopt.quantize.layers import LEFT
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.naming import name_of_value
 from torchopt.quantize.recurrent import QuantizedRecurrent
-from torchopt.quantize.weight_grid import along, settle, weight_scale
 from torchopt.surgery import module_of, set_module
 
 
@@ -137,7 +136,7 @@ def _saturates(quantizer: ActivationQuantizer, low: float, high: float) -> bool:
 def _snap(module: nn.Module, name: str) -> None:
     """Round the weights of a module that no quantized layer stands for (recurrent cells, attention, custom ones)."""
     found = weights_later(module)
-    config, bits, _ = module.__dict__.pop(WEIGHTS_LATER)
+    config, bits, _ = module.__dict__[WEIGHTS_LATER]
     for weight in found:
         value = weight.trainable
         if config.mode == "float16":
@@ -150,9 +149,8 @@ def _snap(module: nn.Module, name: str) -> None:
                 )
             value.copy_(rounded)
             continue
-        axis = weight.out_axis if config.per_channel and not settle(module, weight.param) else None
-        scale = weight_scale(value, 2 ** (bits - 1) - 1, axis)
-        wide = along(scale, value.dim(), weight.out_axis)
-        value.copy_((torch.round(value / wide) + 0.0) * wide)
+        on_grid, scale, axis = snapped(module, weight, value)
+        value.copy_(on_grid)
         set_grid(module, weight.param, scale, bits, axis)
-    module.__dict__.pop("_shares", None)
+    for mark in (WEIGHTS_LATER, "_shares"):
+        module.__dict__.pop(mark, None)

@@ -8,14 +8,12 @@ from dataclasses import replace
 from torch import nn
 
 from torchopt.quantize.config import Quantize
+from torchopt.quantize.later import WEIGHTS_LATER
 from torchopt.quantize.layers import fused
 from torchopt.quantize.recurrent import RECURRENT
 from torchopt.quantize.rounded import rounded, rounded_class
 from torchopt.quantize.targets import Target
 from torchopt.surgery import get_module, set_module
-from torchopt.weights import Weight, weights
-
-WEIGHTS_LATER = "_torchopt_weights_later"  # modules whose weights are snapped when baked, and not before
 
 
 def in_place(model: nn.Module, path: str, config: Quantize, runtime: Target, params: Sequence[str] = ()) -> nn.Module:
@@ -35,12 +33,6 @@ def in_place(model: nn.Module, path: str, config: Quantize, runtime: Target, par
         return layer
     set_module(model, path, layer)
     return model
-
-
-def weights_later(module: nn.Module) -> list[Weight]:
-    """The weights that `module` itself owns, those of its own kind and the custom ones, to be snapped when it is baked."""
-    custom = [Weight(module_name="", module=module, param=param, kind="custom") for param in module.__dict__[WEIGHTS_LATER][2]]
-    return [w for w in weights(module) if w.module is module] + custom
 
 
 def without_graph(module: nn.Module, config: Quantize) -> Quantize:

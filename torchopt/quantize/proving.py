@@ -22,6 +22,7 @@ from torchopt.quantize.folding import folded_once
 from torchopt.quantize.kernels import IntegerKernel
 from torchopt.quantize.modules import Fused
 from torchopt.quantize.rates import no_dropout, restore_rates
+from torchopt.quantize.read import not_snapped
 from torchopt.quantize.recurrent import QuantizedRecurrent
 
 
@@ -42,7 +43,8 @@ def unrounded(model: nn.Module) -> Iterator[None]:
             part.rounding, part.__dict__["aside"] = False, True
             if isinstance(part, ActivationQuantizer):
                 part.observing = False
-        yield
+        with not_snapped():
+            yield
     finally:
         for part, (rounds, observes, aside) in zip(parts, before, strict=True):
             part.rounding, part.__dict__["aside"] = rounds, aside

@@ -1,19 +1,26 @@
 """The weight of a quantized layer where another reads it: `F.linear(h, embedding.weight)`, `x @ layer.weight.T`.
 
+So are the weights of modules that have no quantized layer (`in_place.py`): cells, bags of embeddings, code of the model's own.
+
 The layer itself rounds its weight in each call. Whoever else reads `layer.weight` while the model runs gets the same rounded weight,
 with the same gradient, as the finalized model will give it; outside of a forward pass `layer.weight` is the Parameter that trains.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from torch import fx, nn
 
 from torchopt.computed import cover, covered, uncover
+from torchopt.quantize.later import WEIGHTS_LATER, snapped, weights_later
 from torchopt.quantize.modules import Fused
+from torchopt.quantize.weight_grid import settle
+from torchopt.weights import Weight
 
 _now = threading.local()  # how many models are running in this thread
 READING = "_torchopt_reading"  # on a layer whose weight is being rounded for another
@@ -26,7 +33,12 @@ def round_for_readers(model: nn.Module) -> None:
     """
     found = _read_by(model) if isinstance(model, fx.GraphModule) else [m for m in model.modules() if isinstance(m, Fused)]
     layers = [layer for layer in found if layer is not model]
-    if layers:
+    others = [(module, weight) for module in model.modules() if module is not model for weight in _snapped_later(module)]
+    for module, weight in others:
+        settle(module, weight.param)  # now, for it reads the weight
+    for module, weight in others:
+        cover(module, weight.param, _snapped)
+    if layers or others:
         model.register_forward_pre_hook(_enter)
         model.register_forward_hook(_leave, always_call=True)
     for layer in layers:
@@ -36,7 +48,7 @@ def round_for_readers(model: nn.Module) -> None:
 def stop_rounding(model: nn.Module) -> None:
     """Take off what `round_for_readers` put on, in place."""
     for module in model.modules():
-        if isinstance(module, Fused):
+        for _ in [0] if isinstance(module, Fused) else _snapped_later(module):
             uncover(module)
     for hooks, ours in ((model._forward_pre_hooks, _enter), (model._forward_hooks, _leave)):
         for key in [key for key, hook in hooks.items() if hook is ours]:
@@ -64,6 +76,37 @@ def _read_by(traced: fx.GraphModule) -> list[nn.Module]:
     """The layers of which the graph reads the weight, and those inside of modules that it calls as a whole."""
     calls, reads = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}, read_paths(traced)
     return [m for path, m in traced.named_modules() if isinstance(m, Fused) and (path in reads or path not in calls)]
+
+
+def _snapped_later(module: nn.Module) -> list[Weight]:
+    """The weights that are rounded where they are read; those of a graph's own are read by their names, and baked."""
+    if WEIGHTS_LATER not in module.__dict__ or isinstance(module, fx.GraphModule):
+        return []
+    return [] if module.__dict__[WEIGHTS_LATER][0].mode == "float16" else weights_later(module)
+
+
+def _snapped(module: nn.Module, name: str) -> torch.Tensor:
+    """The weight as it will be baked while some model runs and rounds, else as it is."""
+    value = cast(torch.Tensor, covered(module, name))
+    running = torch.compiler.is_compiling() or getattr(_now, "running", 0) > 0
+    if not running or getattr(_now, "aside", 0) or READING in module.__dict__:
+        return value
+    module.__dict__[READING] = True
+    try:
+        weight = next(weight for weight in weights_later(module) if weight.param == name)
+        return snapped(module, weight, value)[0]
+    finally:
+        del module.__dict__[READING]
+
+
+@contextlib.contextmanager
+def not_snapped() -> Iterator[None]:
+    """Models run in this thread on such weights as they are."""
+    _now.aside = getattr(_now, "aside", 0) + 1
+    try:
+        yield
+    finally:
+        _now.aside -= 1
 
 
 def _enter(module: nn.Module, inputs: object) -> None:
