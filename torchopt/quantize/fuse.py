@@ -45,8 +45,7 @@ def fuse(traced: fx.GraphModule, assignment: dict[str, Quantize], target: Target
             left.append(path)
             continue
         set_module(traced, path, layer)
-        if len(calls[path]) == 1:
-            _absorb(traced, calls[path][0], layer, norms=path not in read)  # a folded norm would change what another reads
+        _absorb(traced, calls[path], layer, norms=path not in read)  # a folded norm would change what another reads
     if assignment:
         _lone_norms(traced, next(iter(assignment.values())), target)
     for node in list(traced.graph.nodes):
@@ -106,21 +105,27 @@ def _calls(traced: fx.GraphModule) -> dict[str, list[fx.Node]]:
     return calls
 
 
-def _absorb(traced: fx.GraphModule, node: fx.Node, layer: Fused, *, norms: bool = True) -> None:
-    """Cases 1 and 2."""
-    norm = _only_user(node)
-    if norms and norm is not None and norm.op == "call_module" and layer.bn is None:
-        module = traced.get_submodule(str(norm.target))
-        once = len(_calls(traced)[str(norm.target)]) == 1
-        if isinstance(module, _BatchNorm) and once and module.track_running_stats and _over_channels(node, layer):
+def _absorb(traced: fx.GraphModule, nodes: list[fx.Node], layer: Fused, *, norms: bool = True) -> None:
+    """Cases 1 and 2, where each call of the layer is followed by the same, as in a head that several levels share."""
+    paths = {str(norm.target) if norm is not None and norm.op == "call_module" else None for norm in map(_only_user, nodes)}
+    path = paths.pop() if len(paths) == 1 else None
+    if norms and path is not None and layer.bn is None:
+        module = traced.get_submodule(path)
+        alone = len(_calls(traced)[path]) == len(nodes)
+        over_channels = all(_over_channels(node, layer) for node in nodes)
+        if isinstance(module, _BatchNorm) and alone and module.track_running_stats and over_channels:
             layer.bn = module
-            _merge(traced, node, norm)
-            traced.delete_submodule(str(norm.target))  # one place for it, so that its mode is the layer's to set
-    follower = _only_user(node)
-    activation = activation_of(traced, follower) if follower is not None else None
-    if activation is not None and follower is not None:
-        layer.act = activation
-        _merge(traced, node, follower)
+            for node in nodes:
+                _merge(traced, node, next(iter(node.users)))
+            traced.delete_submodule(path)  # one place for it, so that its mode is the layer's to set
+    followers = [_only_user(node) for node in nodes]
+    activations = [None if follower is None else activation_of(traced, follower) for follower in followers]
+    ends = {None if activation is None else (type(activation), ends_of(activation)) for activation in activations}
+    if len(ends) == 1 and None not in ends:
+        layer.act = activations[0]
+        for node, follower in zip(nodes, followers, strict=True):
+            assert follower is not None
+            _merge(traced, node, follower)
 
 
 def _over_channels(node: fx.Node, layer: Fused) -> bool:
@@ -149,7 +154,7 @@ def _lone_norms(traced: fx.GraphModule, config: Quantize, target: Target) -> Non
         layer.bn = norm
         set_module(traced, path, layer)
         if len(nodes) == 1:
-            _absorb(traced, nodes[0], layer)
+            _absorb(traced, [nodes[0]], layer)
 
 
 def _convolution(norm: nn.Module, nodes: list[fx.Node]) -> Any:
