@@ -303,7 +303,9 @@ def test_a_mixed_or_half_folder_is_one_sentence(own: Path, finished: Path, capsy
     said = complaint(capsys, "export", "out", "--out", "x.onnx")
     assert said.startswith("out/checkpoint.pt: is of a run that has not ended, beside the report of another")
     (place / "report.json").write_text('{"score": 1}')
-    assert "out/report.json: is damaged ('size_bytes' is missing)" in complaint(capsys, "report", "out")
+    assert "out/report.json: is damaged ('score' is missing" in complaint(capsys, "report", "out")
+    (place / "report.json").write_text("[]")
+    assert "out/report.json: is damaged" in complaint(capsys, "report", "out")
     assert not (own / "x.onnx").exists()
 
 

@@ -74,7 +74,7 @@ def check(recipe: str, settings: Sequence[str], as_json: bool) -> None:
     from torchopt.run import matched
 
     rows = matched(load(recipe, settings).recipe)
-    show(rows, table(rows), as_json)
+    show(rows, table(rows) if rows else "no stage compresses: no rule is given to any weight", as_json)
 
 
 @app.command()

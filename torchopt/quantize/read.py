@@ -89,7 +89,7 @@ def _snapped(module: nn.Module, name: str) -> torch.Tensor:
     """The weight as it will be baked while some model runs and rounds, else as it is."""
     value = cast(torch.Tensor, covered(module, name))
     running = torch.compiler.is_compiling() or getattr(_now, "running", 0) > 0
-    if not running or getattr(_now, "aside", 0) or READING in module.__dict__:
+    if not running or getattr(_now, "aside", False) or READING in module.__dict__:
         return value
     module.__dict__[READING] = True
     try:

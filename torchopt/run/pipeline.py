@@ -52,7 +52,14 @@ from torchopt.run.ranks import on_first, process_group
 from torchopt.run.stages import run_stages, started_model
 from torchopt.runtime import benchmark, inspect, session, verify
 
-PARTS = ("score", "size_bytes", "latency_ms", "layers", "placement", "verify")  # what a report is printed from
+PARTS = {
+    "score": dict,
+    "size_bytes": dict,
+    "latency_ms": dict,
+    "layers": list,
+    "placement": dict,
+    "verify": dict,
+}  # as in a report
 
 
 @random_state_kept()
@@ -192,9 +199,9 @@ def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(folder) / REPORT
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        missing = [part for part in PARTS if part not in found]
+        missing = [part for part, kind in PARTS.items() if not isinstance(found, dict) or not isinstance(found.get(part), kind)]
         if missing:
-            raise ValueError(f"{missing[0]!r} is missing")
+            raise ValueError(f"{missing[0]!r} is missing, or of another kind")
     except OSError as error:
         raise FileError(f"{path}: cannot be read; the folder of a finished run is needed") from error
     except (ValueError, TypeError) as error:
