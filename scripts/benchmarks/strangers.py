@@ -152,12 +152,16 @@ def measured(names: list[str], kept: Path) -> dict[str, dict[str, Any]]:
     kept.mkdir(parents=True, exist_ok=True)
     found = {}
     for name in names:
-        path = kept / f"{name.replace(' ', '-').replace(',', '')}.json"
+        path = _place(kept, name)
         if not path.exists():
             path.write_text(json.dumps(in_a_process(name)), encoding="utf-8")
         found[name] = json.loads(path.read_text(encoding="utf-8"))
         note(f"{name:28} " + "  ".join(f"{t}: {c['verdict']}" for t, c in found[name].items()))
     return found
+
+
+def _place(kept: Path, name: str) -> Path:
+    return kept / f"{name.replace(' ', '-').replace(',', '')}.json"
 
 
 def good(cell: dict[str, Any]) -> bool:
@@ -193,11 +197,12 @@ def main() -> int:
     parser.add_argument("--technique", action="append", choices=list(TECHNIQUES), help="with --one: only these")
     parser.add_argument("--kept", type=Path, default=KEPT, help="where networks already measured are kept")
     parser.add_argument("--before", type=Path, help="such a folder of an earlier version, for the column 'before'")
+    parser.add_argument("--so-far", action="store_true", help="the table of what is kept; measures nothing new")
     options = parser.parse_args()
     if options.one:
         print(json.dumps(one(options.one, options.technique or list(TECHNIQUES))))
         return 0
-    names = [s.name for s in ALL]
+    names = [s.name for s in ALL if not options.so_far or _place(options.kept, s.name).exists()]
     cells = measured(names[::15] if options.quick else names, options.kept)
     document = DOCS / "strangers.json"
     before = json.loads(document.read_text(encoding="utf-8"))["details"]["before"] if document.exists() else {}
