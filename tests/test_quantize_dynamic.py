@@ -1,7 +1,6 @@
 """Dynamic and weight-only quantization: ranges at run time, the kernels that ONNX Runtime chooses, numbers equal to torch's."""
 
 import copy
-import time
 from collections import Counter
 
 import numpy as np
@@ -149,32 +148,18 @@ def test_the_file_takes_a_byte_a_weight(tmp_path, pack):
         assert compare_weights(final, tmp_path / f"{mode}.onnx") == (2, None)
 
 
-def median_seconds(paths, feed, repeats=15):
-    sessions = {}
-    for name, path in paths.items():
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        sessions[name] = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    taken = {name: [] for name in paths}
-    for _ in range(repeats):
-        for name, session in sessions.items():
-            start = time.perf_counter()
-            session.run(None, {session.get_inputs()[0].name: feed})
-            taken[name].append(time.perf_counter() - start)
-    return {name: float(np.median(seconds)) for name, seconds in taken.items()}
-
-
-def test_dynamic_is_faster_than_float_and_weight_only_is_not_slower(tmp_path):
-    """Measured 0.33 and 0.98; weight_only was 1.8 while a DequantizeLinear ran at each inference."""
+def test_dynamic_runs_on_integers_and_weight_only_decodes_nothing_at_inference(tmp_path):
+    """Latency 0.33 and 0.98 of float; weight_only was 1.8 while a DequantizeLinear ran at each inference."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 512))
     x = torch.randn(64, 512)
     models = {"float": net, "dynamic": baked(net), "weight_only": baked(net, "weight_only")}
     for name, model in models.items():
         torchopt.export(model, (x,), tmp_path / f"{name}.onnx")
-    seconds = median_seconds({name: tmp_path / f"{name}.onnx" for name in models}, x.numpy())
-    assert seconds["dynamic"] < 0.8 * seconds["float"], seconds
-    assert seconds["weight_only"] < 1.3 * seconds["float"], seconds
+    kinds = {name: set(kernels(tmp_path / f"{name}.onnx", tmp_path)) for name in models}
+    assert kinds["dynamic"] & {"DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger"}
+    assert not kinds["dynamic"] & {"Gemm", "MatMul", "FusedGemm", "FusedMatMul"}
+    assert kinds["weight_only"] == kinds["float"]
 
 
 def test_training_rounds_inputs_and_final_equals_the_last_forward():
