@@ -67,8 +67,8 @@ def likeness(
     ]
     pairs = [(run(a, feed, str(original)), run(b, feed, str(small))) for feed in feeds]
     samples = sum(max((shape_of(value)[0][0] for value in feed.values() if shape_of(value)[0]), default=1) for feed in feeds)
-    columns = [(_flat(ys), _flat(zs), str(original)) for ys, zs in _columns(pairs, str(small))]
-    noise = [_decibels(y, z) for y, z, _ in columns if y.dtype.kind == "f"]
+    columns = [(_flat(ys), _flat(zs)) for ys, zs in _columns(pairs, str(small))]
+    noise = [_decibels(y, z) for y, z in columns if y.dtype.kind == "f"]
     return Likeness(
         sqnr_db=min(noise, default=None),
         agreement=_agreement(pairs),

@@ -1,6 +1,6 @@
 """The weight of a quantized layer where another reads it: `F.linear(h, embedding.weight)`, `x @ layer.weight.T`.
 
-So are the weights of modules that have no quantized layer (`in_place.py`): cells, bags of embeddings, code of the model's own.
+So are the weights of modules that have no quantized layer (`later.py`): cells, bags of embeddings, code of the model's own.
 
 The layer itself rounds its weight in each call. Whoever else reads `layer.weight` while the model runs gets the same rounded weight,
 with the same gradient, as the finalized model will give it; outside of a forward pass `layer.weight` is the Parameter that trains.

@@ -15,6 +15,7 @@ from torch import nn
 import torchopt
 from networks.stranger import Inputs, Stranger
 from torchopt import Rule
+from torchopt.proof import flat
 
 SLACK = 1.0  # dB below the peer that still counts as its equal
 UNKNOWN = 10.0  # dB that are asked where the peer fails
@@ -33,10 +34,7 @@ class Feeds(ort_quantization.CalibrationDataReader):  # type: ignore[misc]
 
 def tensors(outputs: object) -> list[torch.Tensor]:
     """Every tensor of whatever a network returns, in order."""
-    if isinstance(outputs, torch.Tensor):
-        return [outputs]
-    parts = outputs.values() if isinstance(outputs, dict) else outputs if isinstance(outputs, list | tuple) else ()
-    return [tensor for part in parts for tensor in tensors(part)]
+    return [value for value in flat(outputs) if isinstance(value, torch.Tensor)]
 
 
 @torch.no_grad()
