@@ -23,7 +23,7 @@ import torchopt
 from torchopt.data import read_inputs
 from torchopt.errors import ConfigError, FileError, ModelError
 from torchopt.export import to_ort
-from torchopt.importing import load_callable
+from torchopt.io.importing import load_callable
 
 NESTED = ("state_dict", "model_state_dict", "model", "net")  # where trainers put the weights in their checkpoints
 

@@ -6,7 +6,8 @@ from test_fallback import slow
 from torch import nn
 
 import torchopt
-from torchopt import Quantize, Rule, fallback
+from torchopt import Quantize, Rule
+from torchopt.compress import fallback_by_latency as fallback
 
 X = torch.randn(256, 16, generator=torch.Generator().manual_seed(0))
 PLAIN = {"observer": "minmax", "rounding": "nearest", "equalize": False}

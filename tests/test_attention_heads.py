@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import torchopt
-from torchopt.prune.channels import count_macs, skipped_of
-from torchopt.prune.channels.attention import HeadAttention, adopt
+from torchopt.channels import count_macs, skipped_of
+from torchopt.channels.layers.attention import HeadAttention, adopt
 
 STEPS, WORDS = torch.randn(2, 6, 8), torch.randint(0, 50, (2, 9))
 L = nn.Linear

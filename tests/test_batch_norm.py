@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from torchopt.batch_norm import reestimate_batch_norm
 from torchopt.errors import DataError, ModelError
+from torchopt.network.batch_norm import reestimate_batch_norm
 
 
 def network() -> nn.Sequential:

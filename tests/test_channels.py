@@ -9,12 +9,12 @@ import torchvision
 from torch import nn
 
 import torchopt
-from torchopt.prune.channels import Channels, count_macs, skipped_of
-from torchopt.prune.channels.check import Proof
-from torchopt.prune.channels.cut import cut
-from torchopt.prune.channels.groups import Group
-from torchopt.prune.channels.identity import Identities
-from torchopt.prune.channels.rank import choose
+from torchopt.channels import Channels, count_macs, skipped_of
+from torchopt.channels.cut import cut
+from torchopt.channels.follow.identity import Identities
+from torchopt.channels.groups import Group
+from torchopt.channels.proved.check import Proof
+from torchopt.channels.rank import choose
 
 IMAGE = torch.randn(2, 3, 16, 16)
 C, L, S = nn.Conv2d, nn.Linear, nn.Sequential

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 import torchopt
-from torchopt.prune.channels import count_macs, remove_channels, skipped_of
+from torchopt.channels import count_macs, remove_channels, skipped_of
 
 IMAGE, ROW, STEPS = torch.randn(2, 3, 16, 16), torch.randn(2, 8), torch.randn(2, 6, 8)
 WORDS = torch.randint(0, 50, (2, 9))

@@ -30,7 +30,7 @@ def test_finalized_gives_the_same_outputs(tmp_path, technique):
     again = torchopt.load(tmp_path / "m.safetensors", Net()).eval()
     x = batch(9)[0]
     torch.testing.assert_close(again(x), final(x), rtol=0, atol=0)
-    assert torchopt.grid.grids(again).keys() == torchopt.grid.grids(final).keys()
+    assert torchopt.network.grid.grids(again).keys() == torchopt.network.grid.grids(final).keys()
     torchopt.export(again, (x,), tmp_path / "m.onnx")
     assert torchopt.verify(again, tmp_path / "m.onnx", [x], progress=False).weights_equal
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchopt import cli
+from torchopt.cli import commands as cli
 from torchopt.export import export
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "digits.yaml"
@@ -75,9 +75,7 @@ def test_mistakes_are_one_line_and_exit_code_two(
 
 
 def test_the_process_itself_exits_with_two_and_no_traceback() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "torchopt.cli", "check", "none.yaml"], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-m", "torchopt", "check", "none.yaml"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "Traceback" not in done.stderr

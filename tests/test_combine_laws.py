@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import torchopt
-from torchopt.weights import find_weight
+from torchopt.network.weights import find_weight
 
 K = 4
 SPARSITY = 0.5
@@ -191,8 +191,8 @@ def check(kind: str, case, ready: nn.Module, x: torch.Tensor) -> nn.Module:
         if table:
             assert value.unique().numel() <= K
         if scale:
-            torchopt.grid.grids(final)[name].codes(value)
-    assert not any(isinstance(m, torchopt.state.State) for m in final.modules())
+            torchopt.network.grid.grids(final)[name].codes(value)
+    assert not any(isinstance(m, torchopt.state.counter.State) for m in final.modules())
     return final
 
 
@@ -232,7 +232,7 @@ def check_final(kind, case, final):
         if table:
             assert value.unique().numel() <= K
         if scale:
-            torchopt.grid.grids(final)[name].codes(value)
+            torchopt.network.grid.grids(final)[name].codes(value)
 
 
 @pytest.mark.parametrize("case", CASES[1:], ids=NAMES[1:])

@@ -73,7 +73,7 @@ def check(model) -> nn.Module:
     for name in ("stem", "body", "head"):
         weight = final.get_submodule(name).weight
         assert (weight == 0).sum() >= weight.numel() // 2, name
-        codes = torchopt.grid.grids(final)[f"{name}.weight"].codes(weight)
+        codes = torchopt.network.grid.grids(final)[f"{name}.weight"].codes(weight)
         assert codes.abs().unique().numel() <= 8, name
     return final
 

@@ -43,7 +43,7 @@ def round_of(model: nn.Module, *rules: Rule, steps: int = 6, preserve: bool = Tr
 
 
 def kernels(model: nn.Module) -> list[torch.Tensor]:
-    return [w.value.detach() for w in torchopt.weights.weights(model)]
+    return [w.value.detach() for w in torchopt.network.weights.weights(model)]
 
 
 def distinct(model: nn.Module) -> list[int]:
@@ -69,7 +69,7 @@ def test_X1_quantization_aware_training_keeps_the_shared_values(rules):
     before, after = distinct(clustered), distinct(final)
     assert any(count <= 6 for count in before)
     assert all(b == a for b, a in zip(before, after) if b <= 6)
-    assert len(torchopt.grid.grids(final)) == 3
+    assert len(torchopt.network.grid.grids(final)) == 3
 
 
 def test_X2_three_rounds_keep_zeros_and_values():
@@ -94,7 +94,7 @@ def test_X4_four_values_in_each_channel():
     clustered = round_of(network(), Rule("2", cluster=Cluster(n_clusters=4, per_channel=True)), steps=9)
     assert [channel.unique().numel() for channel in clustered[2].weight] == [4] * 12
     joint = round_of(network(), Rule("2", cluster=Cluster(n_clusters=4, per_channel=True), quantize=INT8), steps=9)
-    weight = dict(zip([w.name for w in torchopt.weights.weights(joint)], kernels(joint)))["2.weight"]
+    weight = dict(zip([w.name for w in torchopt.network.weights.weights(joint)], kernels(joint)))["2.weight"]
     assert [channel.unique().numel() for channel in weight] == [4] * 12
 
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from torchopt.errors import ConfigError, DataError, FileError, ModelError
 from torchopt.export import decode_initializers, export, to_ort
-from torchopt.grid import set_grid
 from torchopt.models import ReferenceModel
+from torchopt.network.grid import set_grid
 from torchopt.quantize import FixedQuantize
 from torchopt.runtime import inspect
 

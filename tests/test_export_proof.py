@@ -9,10 +9,11 @@ from torch import nn
 
 from torchopt import Quantize, Rule, export, one_shot
 from torchopt.errors import ModelError
-from torchopt.export.distance import apart, close
+from torchopt.export.difference import apart, close
 from torchopt.export.passes import DefaultAttributesPass, KeepApartPass
 from torchopt.export.processor import multiplies_exactly, runs_exactly
-from torchopt.quantize import kernels, static
+from torchopt.quantize import static
+from torchopt.quantize.layers import kernels
 
 INT8 = [Rule("*", quantize=Quantize(observer="minmax"))]
 

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import torchopt
-from torchopt import Quantize, Rule, StateError, fallback
+from torchopt import Quantize, Rule, StateError
+from torchopt.compress import fallback_by_latency as fallback
 from torchopt.runtime.benchmark import Row, Timing
 
 X = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -10,8 +10,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import torchopt
 from torchopt.cluster import SharedWeights
+from torchopt.network.weights import weights
 from torchopt.quantize import ActivationQuantizer
-from torchopt.weights import weights
 
 HALF = torchopt.ConstantSparsity(target_sparsity=0.5, frequency=1)
 RULES = {

@@ -9,7 +9,7 @@ from torch import nn
 
 import torchopt
 from torchopt import Quantize, Rule
-from torchopt.export.pack import decode_initializers
+from torchopt.pack.pack import decode_initializers
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
 RULES = [Rule("*", quantize=Quantize(observer="minmax", rounding="nearest", equalize=False))]

@@ -186,7 +186,7 @@ def test_transformers_gives_scores_their_gradients(score, tmp_path):
     half = torchopt.ConstantSparsity(target_sparsity=0.5, begin_step=2, frequency=1)
     final, steps = trained_by_transformers([torchopt.Rule("*", prune=torchopt.Prune(schedule=half, score=score))], tmp_path)
     assert steps == 3
-    zeros = [int((w.value == 0).sum()) for w in torchopt.weights.weights(final)]
+    zeros = [int((w.value == 0).sum()) for w in torchopt.network.weights.weights(final)]
     assert zeros[0] == 256
     assert zeros[1] >= 64  # weights that come back start from 0
 
@@ -199,7 +199,7 @@ def test_transformers_saves_a_tied_network_under_tables_and_resumes(tmp_path):
     resumed, steps = trained_by_transformers(rules, tmp_path, resume=True, save_strategy="no")
     assert steps == 3, "one step after the checkpoint of the second"
     for model in (final, resumed):
-        values = [w.value for w in torchopt.weights.weights(model)]
+        values = [w.value for w in torchopt.network.weights.weights(model)]
         assert [v.unique().numel() for v in values] == [8, 8]
         assert [int((v == 0).sum()) for v in values] == [256, 64]
         assert model.lm_head.weight is model.transformer.wte.weight

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from torchopt.cluster.counted import counted
-from torchopt.cluster.kmeans import COUNTED_FROM, SINGLE_UP_TO, kmeans, lloyd, squared_error
-from torchopt.cluster.optimal import optimum
-from torchopt.cluster.points import in_order, merged, sorted_points
-from torchopt.cluster.seeds import start
+from torchopt.cluster.tables.counted import counted
+from torchopt.cluster.tables.kmeans import COUNTED_FROM, SINGLE_UP_TO, kmeans, lloyd, squared_error
+from torchopt.cluster.tables.optimal import optimum
+from torchopt.cluster.tables.points import in_order, merged, sorted_points
+from torchopt.cluster.tables.seeds import start
 from torchopt.errors import ConfigError, ModelError
 
 FINITE = st.floats(-1e3, 1e3, allow_nan=False, width=32)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchopt import cli
+from torchopt.cli import commands as cli
 from torchopt.errors import ConfigError, DataError, FileError, ModelError, StateError
 from torchopt.recipe import parse
 from torchopt.run import matched, run

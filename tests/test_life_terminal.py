@@ -14,12 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from torchopt import cli
+from torchopt.cli import commands as cli
+from torchopt.cli.terminal import reason_of, say, take_any_encoding
 from torchopt.data import ImageFolder, read_inputs
 from torchopt.errors import ConfigError, DataError, FileError
-from torchopt.files import atomic_path, check_place
+from torchopt.io.files import atomic_path, check_place
 from torchopt.run.folder import Folder, Position
-from torchopt.terminal import reason_of, say, take_any_encoding
 
 
 def pictures(folder: Path, count: int = 4, value: int = 100) -> None:

@@ -206,7 +206,7 @@ def test_the_values_of_a_tiny_layer_stay_few_through_later_training(mode):
             optimizer.step()
             torchopt.step(ready)
         net = torchopt.finalize(ready)
-    grids = torchopt.grid.grids(net)
+    grids = torchopt.network.grid.grids(net)
     assert all(grids[f"{n}.weight"].codes(net.get_parameter(f"{n}.weight")).unique().numel() <= 8 for n in (0, 2))
 
 

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 import torchopt
 from torchopt import Cluster, Prune, Quantize, Rule, one_shot
-from torchopt.batches import pieces
-from torchopt.cluster.kmeans import kmeans, squared_error
-from torchopt.gradients import SAMPLES, sample_gradients
+from torchopt.cluster.tables.kmeans import kmeans, squared_error
+from torchopt.network.batches import pieces
+from torchopt.network.gradients import SAMPLES, sample_gradients
 
 FISHER = Cluster(n_clusters=8, importance="fisher")
 
@@ -134,7 +134,7 @@ def test_all_three_with_importance_and_attention():
     rule = Rule("*", prune=Prune(schedule=0.5), cluster=FISHER, quantize=Quantize())
     final = one_shot(model, [rule], [x], example_inputs=(x[:1],), progress=False)
     rows = torchopt.report(final).rows
-    assert len(rows) == len(torchopt.grid.grids(final)) == 4
+    assert len(rows) == len(torchopt.network.grid.grids(final)) == 4
     assert all(row.sparsity >= 0.5 and row.distinct_values <= 8 for row in rows)
 
 

@@ -9,10 +9,10 @@ import onnx.parser
 import pytest
 from onnx import numpy_helper
 
-from torchopt.cli import status
+from torchopt.cli.commands import status
 from torchopt.errors import ConfigError, DataError, FileError, ModelError
-from torchopt.export.read import read
-from torchopt.export.scopes import View
+from torchopt.onnx_file.read import read
+from torchopt.onnx_file.view import View
 from torchopt.onnx_to_onnx import compress_onnx
 from torchopt.onnx_to_onnx.forms import rounded
 from torchopt.onnx_to_onnx.rewrite import weights

@@ -14,8 +14,9 @@ from test_pack_kinds import every
 from test_pack_onnx import run, weight, write
 
 import torchopt
-from torchopt.cli import status
-from torchopt.export import decode_initializers, export, pack, to_ort, unpack
+from torchopt.cli.commands import status
+from torchopt.export import decode_initializers, export, to_ort, unpack
+from torchopt.pack import pack
 from torchopt.runtime import inspect
 
 
@@ -165,7 +166,7 @@ def test_four_bit_tensors_that_claim_more_than_they_hold_are_refused(tmp_path):
 def test_P7_more_than_two_gigabytes_go_to_a_second_file(tmp_path, monkeypatch):
     write(tmp_path / "a.onnx", weight(0.8, 16))
     pack(tmp_path / "a.onnx", tmp_path / "p.onnx")
-    monkeypatch.setattr(sys.modules["torchopt.export.serialize"], "LIMIT", 20_000)
+    monkeypatch.setattr(sys.modules["torchopt.onnx_file.serialize"], "LIMIT", 20_000)
     for again in range(3):  # the second file of the file that is replaced goes away when the new pair stands
         unpack(tmp_path / "p.onnx", tmp_path / "b.onnx")
         second = "b.onnx.data" if again != 1 else "b.onnx.1.data"
@@ -182,7 +183,7 @@ def test_P7_more_than_two_gigabytes_go_to_a_second_file(tmp_path, monkeypatch):
 
 def test_P7_an_export_of_more_than_two_gigabytes_is_refused(tmp_path, monkeypatch):
     (tmp_path / "b.onnx").write_bytes(b"old")
-    monkeypatch.setattr(sys.modules["torchopt.export.serialize"], "LIMIT", 20_000)
+    monkeypatch.setattr(sys.modules["torchopt.onnx_file.serialize"], "LIMIT", 20_000)
     with pytest.raises(
         torchopt.ModelError, match="export: it takes 0.00 GB, and one ONNX file holds 2 GB at most; split the model"
     ):

@@ -6,7 +6,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from test_pack_onnx import graph_of, run, write
 
-from torchopt.export import pack, unpack
+from torchopt.export import unpack
+from torchopt.pack import pack
 
 EVERY = {  # kind: (sparsity, values, shape)
     **{f"t{width}": (0, n, (96, 128)) for width, n in {1: 2, 2: 4, 3: 8, 4: 16, 5: 32, 6: 64, 7: 100, 8: 200}.items()},

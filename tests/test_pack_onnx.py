@@ -7,7 +7,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import torchopt
-from torchopt.export import decode_initializers, pack, unpack
+from torchopt.export import decode_initializers, unpack
+from torchopt.pack import pack
 
 
 def weight(sparsity: float, values: int, dtype=np.float32) -> np.ndarray:

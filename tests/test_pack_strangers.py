@@ -17,7 +17,8 @@ from test_pack_onnx import graph_of, run, weight
 from torch import nn
 
 import torchopt
-from torchopt.export import decode_initializers, pack, unpack
+from torchopt.export import decode_initializers, unpack
+from torchopt.pack import pack
 
 
 def tensors(path) -> dict[str, tuple]:

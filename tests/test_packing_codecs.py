@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from torchopt.packing import decode, encode, from_gaps, from_parts, gaps, to_parts
+from torchopt.codecs import decode, encode, from_gaps, from_parts, gaps, to_parts
 
 
 @given(hnp.arrays(np.uint8, st.integers(1, 300)), st.integers(1, 7))

@@ -11,7 +11,6 @@ import torch
 from onnx import numpy_helper, parser
 
 from torchopt.errors import ModelError
-from torchopt.export.decoded import weight_values
 from torchopt.export.passes import (
     DefaultAttributesPass,
     DynamicMatMulPass,
@@ -27,7 +26,8 @@ from torchopt.export.passes import (
     TidyPass,
     WideChannelsPass,
 )
-from torchopt.grid import Grid
+from torchopt.network.grid import Grid
+from torchopt.pack.decoded import weight_values
 
 U8 = np.uint8
 GRID = {"s": np.float32(0.047), "z": U8(93), "t": np.float32(0.02), "o": U8(0)}

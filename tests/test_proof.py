@@ -12,10 +12,11 @@ from torch import nn
 import torchopt
 from torchopt import Quantize, Rule
 from torchopt.errors import ModelError
-from torchopt.proof import TOLERANCE, difference, differs, run
-from torchopt.quantize import fuse, static
-from torchopt.quantize.layers import FusedLinear
-from torchopt.quantize.proving import as_float
+from torchopt.network.proof import TOLERANCE, difference, differs, run
+from torchopt.quantize import static
+from torchopt.quantize.calibration.proving import as_float
+from torchopt.quantize.graph import fuse
+from torchopt.quantize.layers.float_layers import FusedLinear
 
 STATIC = [Rule("*", quantize=Quantize(observer="minmax", rounding="nearest", equalize=False))]
 
@@ -167,7 +168,7 @@ def test_a_batch_norm_over_another_axis_than_the_features_is_not_fused():
     final = torchopt.one_shot(model, STATIC, [x], example_inputs=(x[:2],), progress=False)
     wanted = model(x)
     assert float(wanted.var() / (final(x) - wanted).square().mean()) > 10**3.0  # 30 dB; it was -3
-    assert sorted(torchopt.grid.grids(final)) == ["a.weight", "b.weight"]
+    assert sorted(torchopt.network.grid.grids(final)) == ["a.weight", "b.weight"]
 
 
 class Auxiliary(nn.Module):

@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 from torchopt.errors import ConfigError, ModelError, RuleError, StateError
+from torchopt.network.weights import find_weight, weights
 from torchopt.prune import Prune, attach, bake, finish, mask_of, update
-from torchopt.schedule import ConstantSparsity, PolynomialDecay
-from torchopt.weights import find_weight, weights
+from torchopt.prune.schedule import ConstantSparsity, PolynomialDecay
 
 
 def pairs(model: nn.Module, config: Prune):

@@ -13,9 +13,9 @@ from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
+from torchopt.network.weights import weights
 from torchopt.prune import Prune, attach, bake, mask_of, update
-from torchopt.schedule import ConstantSparsity, CosineDecay, MultiStep, PolynomialDecay
-from torchopt.weights import weights
+from torchopt.prune.schedule import ConstantSparsity, CosineDecay, MultiStep, PolynomialDecay
 
 HALF = Prune(schedule=ConstantSparsity(target_sparsity=0.5, frequency=1))
 

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from torchopt.errors import ModelError
+from torchopt.fast.zero import BLOCK, zero_
+from torchopt.network.weights import weights
 from torchopt.prune import Prune, attach, finish, mask_of, update
 from torchopt.prune.pattern import conforms, largest_of_groups, pool_blocks, spread
+from torchopt.prune.schedule import ConstantSparsity, MultiStep
 from torchopt.prune.select import SMALL, Scores, keep_largest, kth_largest
-from torchopt.prune.zero import BLOCK, zero_
-from torchopt.schedule import ConstantSparsity, MultiStep
-from torchopt.weights import weights
 
 
 def matrix(values) -> nn.Linear:

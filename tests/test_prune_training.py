@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from torch.nn.utils import prune as torch_prune
 
 from torchopt.errors import StateError
+from torchopt.network.weights import find_weight, weights
 from torchopt.prune import Prune, attach, bake, finish, mask_of, observes, update
-from torchopt.schedule import ConstantSparsity, PolynomialDecay
-from torchopt.weights import find_weight, weights
+from torchopt.prune.schedule import ConstantSparsity, PolynomialDecay
 
 HALF = Prune(schedule=ConstantSparsity(target_sparsity=0.5, begin_step=0, frequency=1))
 

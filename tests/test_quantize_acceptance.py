@@ -20,10 +20,10 @@ import torchopt
 from torchopt import Quantize, Rule
 from torchopt.data import Digits
 from torchopt.quantize import ActivationQuantizer, FixedQuantize
-from torchopt.quantize.activations import TRAINING_MOMENTUM, scale_and_zero_point
+from torchopt.quantize.layers.activations import TRAINING_MOMENTUM, scale_and_zero_point
+from torchopt.quantize.layers.weight_grid import weight_scale
 from torchopt.quantize.observers import MinMax, MovingAverage
 from torchopt.quantize.observers.minmax import MOMENTUM
-from torchopt.quantize.weight_grid import weight_scale
 
 INT8 = [Rule("*", quantize=Quantize())]
 PLAIN = [Rule("*", quantize=Quantize(observer="minmax", rounding="nearest", equalize=False))]
@@ -125,7 +125,7 @@ def test_Q5_a_scale_an_output_channel_or_one(kind):
     axis = 1 if kind == "transposed" else 0
     for per_channel, expected in ((True, np.moveaxis(w, axis, 0).reshape(5, -1).max(1) / 127), (False, w.max() / 127)):
         rule = Rule("*", quantize=Quantize(per_channel=per_channel, observer="minmax", rounding="nearest", equalize=False))
-        grid = torchopt.grid.grids(torchopt.finalize(calibrated(net, x, [rule])))["0.weight"]
+        grid = torchopt.network.grid.grids(torchopt.finalize(calibrated(net, x, [rule])))["0.weight"]
         np.testing.assert_allclose(grid.scale.numpy(), expected, rtol=1e-6)
         assert grid.axis == (axis if per_channel else None)
 
@@ -179,7 +179,7 @@ def test_Q8_what_cannot_be_prepared(model, rules, error, message):
 def test_Q9_the_users_configuration_beats_the_default():
     net, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(4, 8)
     final = torchopt.finalize(calibrated(net, x, [Rule("2", quantize=Quantize(weight_bits=4)), *INT8]))
-    assert {name: grid.bits for name, grid in torchopt.grid.grids(final).items()} == {"0.weight": 8, "2.weight": 4}
+    assert {name: grid.bits for name, grid in torchopt.network.grid.grids(final).items()} == {"0.weight": 8, "2.weight": 4}
 
 
 @pytest.mark.parametrize(("pattern", "roundings"), [("2", ["1", "2"]), ("0", ["input", "0"])])

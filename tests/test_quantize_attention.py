@@ -7,7 +7,7 @@ from torchvision.models import SwinTransformer, VisionTransformer
 
 import torchopt
 from torchopt import Quantize, Rule
-from torchopt.quantize.attention import OpenAttention, can_open
+from torchopt.quantize.layers.attention import OpenAttention, can_open
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
 MINMAX = Quantize(observer="minmax", rounding="nearest", equalize=False)

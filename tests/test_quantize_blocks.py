@@ -13,11 +13,11 @@ from onnx import numpy_helper, parser
 from torch import nn
 
 import torchopt
-from torchopt.export.decoded import halves, weight_values
 from torchopt.export.passes import BlockWeightsPass, IntegerWeightsPass
-from torchopt.export.passes.block_weights import two_a_byte
-from torchopt.grid import Grid, grids
-from torchopt.quantize.blocks import FusedBlockLinear
+from torchopt.export.passes.weights.block_weights import two_a_byte
+from torchopt.network.grid import Grid, grids
+from torchopt.pack.decoded import halves, weight_values
+from torchopt.quantize.layers.blocks import FusedBlockLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
 

@@ -8,15 +8,15 @@ from torch import nn
 
 import torchopt
 from torchopt import ConfigError, DataError, ModelError, Quantize, Rule
+from torchopt.quantize.calibration.batch_slices import kept
 from torchopt.quantize.corrections.adaptive import Problem, learn
 from torchopt.quantize.corrections.bias import mean_shift
 from torchopt.quantize.corrections.columns import Columns, columns
 from torchopt.quantize.corrections.equalize import Peaks, equalize
 from torchopt.quantize.corrections.reach import choose_reach, hold
 from torchopt.quantize.corrections.walk import rounding, walk
-from torchopt.quantize.layers import FusedConv2d, FusedLinear
-from torchopt.quantize.modules import Fused
-from torchopt.quantize.pieces import kept
+from torchopt.quantize.layers.float_layers import FusedConv2d, FusedLinear
+from torchopt.quantize.layers.modules import Fused
 
 
 def small_net():

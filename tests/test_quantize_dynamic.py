@@ -13,7 +13,7 @@ from torch import nn
 
 import torchopt
 from torchopt.quantize import DynamicLinear
-from torchopt.quantize.dynamic import dynamic_round
+from torchopt.quantize.layers.dynamic import dynamic_round
 from torchopt.runtime.verify import compare_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
@@ -180,7 +180,7 @@ def test_training_rounds_inputs_and_final_equals_the_last_forward():
     final = torchopt.finalize(ready)
     with torch.no_grad():
         torch.testing.assert_close(final.eval()(x), ready.eval()(x), rtol=0, atol=0)
-    codes = torchopt.grid.grids(final)["2.weight"].codes(final.get_parameter("2.weight"))
+    codes = torchopt.network.grid.grids(final)["2.weight"].codes(final.get_parameter("2.weight"))
     assert codes.abs().max() == 7
 
 
@@ -316,7 +316,7 @@ def test_layers_inside_an_untraceable_module_are_quantized_without_a_graph(tmp_p
     assert ready.torchopt_state.skipped == []
     torchopt.calibrate(ready, [x], progress=False)
     final = torchopt.finalize(ready).eval()
-    assert sorted(torchopt.grid.grids(final)) == ["gate.conv.weight", "gate.linear.weight", "head.weight", "stem.weight"]
+    assert sorted(torchopt.network.grid.grids(final)) == ["gate.conv.weight", "gate.linear.weight", "head.weight", "stem.weight"]
     with torch.no_grad():
         torch.testing.assert_close(final(x), ready.eval()(x), rtol=0, atol=0)
     torchopt.export(final, (x,), tmp_path / "m.onnx")
@@ -332,4 +332,4 @@ def test_layers_inside_an_untraceable_module_are_quantized_without_a_graph(tmp_p
 def test_a_model_whose_layers_all_stand_inside_an_untraceable_module():
     net, x = nn.Sequential(Gate(), nn.ReLU()), torch.randn(4, 8, 2, 2)
     final = torchopt.one_shot(net, [torchopt.Rule("*", quantize=torchopt.Quantize())], [x], example_inputs=(x,), progress=False)
-    assert sorted(torchopt.grid.grids(final)) == ["0.conv.weight", "0.linear.weight"]
+    assert sorted(torchopt.network.grid.grids(final)) == ["0.conv.weight", "0.linear.weight"]

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import torchopt
-from torchopt.export.pack import decode_initializers
-from torchopt.grid import grids
-from torchopt.weights import weights
+from torchopt.network.grid import grids
+from torchopt.network.weights import weights
+from torchopt.pack.pack import decode_initializers
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's and transformers' own

@@ -6,9 +6,9 @@ from torch import nn
 
 import torchopt
 from torchopt import Quantize, Rule
-from torchopt.quantize.front import ENTRANCE, LEFT, leave_front
+from torchopt.quantize.graph.float_front import ENTRANCE, LEFT, leave_front
+from torchopt.quantize.graph.trace import trace
 from torchopt.quantize.targets import TARGETS
-from torchopt.quantize.trace import trace
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
 STATIC = [Rule("*", quantize=Quantize(observer="minmax", rounding="nearest", equalize=False, fallback="auto"))]
@@ -18,7 +18,7 @@ AUTO = Quantize(fallback="auto")
 @pytest.fixture(autouse=True)
 def untimed(monkeypatch):
     """Whole kinds of layers would be left by the clock of this machine; here the costs alone decide."""
-    monkeypatch.setattr("torchopt.compress.faster_rules", lambda model, rules, *_: (list(rules), []))
+    monkeypatch.setattr("torchopt.compress.verbs.faster_rules", lambda model, rules, *_: (list(rules), []))
 
 
 def block(inputs: int, outputs: int, act: nn.Module, **options) -> nn.Sequential:

@@ -13,7 +13,16 @@ from torch import nn
 import torchopt
 from torchopt import Quantize, Rule
 from torchopt.quantize import IntegerKernel
-from torchopt.quantize.kernels import Affine, addition, convolution, global_mean, hard_sigmoid, on_grid, product, window_mean
+from torchopt.quantize.layers.kernels import (
+    Affine,
+    addition,
+    convolution,
+    global_mean,
+    hard_sigmoid,
+    on_grid,
+    product,
+    window_mean,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
 PLAIN = Quantize(observer="minmax", rounding="nearest", equalize=False)

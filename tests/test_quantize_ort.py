@@ -134,7 +134,7 @@ def test_runs_as_integers(name, tmp_path):
 
 def test_names_stay_and_weights_lie_on_their_grid():
     final, _, _ = baked(NETS["head"][0])
-    grids = torchopt.grid.grids(final)
+    grids = torchopt.network.grid.grids(final)
     assert list(grids) == ["0.weight", "4.weight"]
     assert type(final.get_submodule("0")) is nn.Conv2d
     assert grids["0.weight"].codes(final.get_submodule("0").weight).abs().amax() == 127
@@ -149,6 +149,6 @@ def test_a_negative_batch_norm_factor_flips_the_integers():
     ready = torchopt.prepare(net, [torchopt.Rule("*", quantize=torchopt.Quantize())], (torch.ones(1, 1, 2, 2),)).eval()
     torchopt.calibrate(ready, [torch.ones(1, 1, 2, 2)], progress=False)
     final = torchopt.finalize(ready)
-    grid = torchopt.grid.grids(final)["0.weight"]
+    grid = torchopt.network.grid.grids(final)["0.weight"]
     assert grid.codes(final.get_submodule("0").weight).item() == -127
     np.testing.assert_allclose(grid.scale.item(), 1 / 127, rtol=1e-6)

@@ -8,7 +8,7 @@ from torchvision.ops import StochasticDepth
 
 import torchopt
 from torchopt import Quantize, Rule
-from torchopt.quantize.trace import EXAMPLE, forget, trace
+from torchopt.quantize.graph.trace import EXAMPLE, forget, trace
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
 STATIC = [Rule("*", quantize=Quantize(observer="minmax", rounding="nearest", equalize=False))]
@@ -110,7 +110,7 @@ fx.wrap("marked")
 def test_a_layer_whose_weight_a_marked_function_reads_is_quantized():
     model, x = Marked().eval(), torch.randn(4, 8)
     final = torchopt.one_shot(model, STATIC, [x], example_inputs=(x[:1],), progress=False)
-    assert sorted(torchopt.grid.grids(final)) == ["head.weight", "layer.weight"]
+    assert sorted(torchopt.network.grid.grids(final)) == ["head.weight", "layer.weight"]
 
 
 class Silenced(nn.Module):
@@ -234,7 +234,7 @@ def test_a_recurrent_layer_on_a_graph_keeps_integer_weights(tmp_path):
     }
     torchopt.calibrate(ready, [x], progress=False)
     final = torchopt.finalize(ready).eval()
-    assert {"conv.weight", "lstm.weight_ih_l0", "lstm.weight_hh_l0", "head.weight"} == set(torchopt.grid.grids(final))
+    assert {"conv.weight", "lstm.weight_ih_l0", "lstm.weight_hh_l0", "head.weight"} == set(torchopt.network.grid.grids(final))
     torch.testing.assert_close(final(x), ready(x), rtol=0, atol=0)
     torchopt.export(final, (x[:1],), tmp_path / "m.onnx")
     assert torchopt.verify(final, tmp_path / "m.onnx", [x], progress=False).weights_equal

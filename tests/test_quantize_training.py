@@ -9,9 +9,9 @@ from torch import nn
 
 import torchopt
 from torchopt.quantize import ActivationQuantizer, FixedQuantize
-from torchopt.quantize.modules import Fused
-from torchopt.quantize.rounding import fake_quantize, learned_fake_quantize
-from torchopt.quantize.weight_grid import Snap, lsq, weight_scale
+from torchopt.quantize.layers.modules import Fused
+from torchopt.quantize.layers.rounding import fake_quantize, learned_fake_quantize
+from torchopt.quantize.layers.weight_grid import Snap, lsq, weight_scale
 
 
 def net():
@@ -111,7 +111,7 @@ def test_training_moves_the_weights_and_every_range():
     assert all(q.calibrated for q in quantizers(ready))
     assert not torch.equal(ready.state_dict()["0.weight"], before["0.weight"])
     final = torchopt.finalize(ready).eval()
-    assert list(torchopt.grid.grids(final)) == ["0.weight", "3.weight", "7.weight"]
+    assert list(torchopt.network.grid.grids(final)) == ["0.weight", "3.weight", "7.weight"]
     assert sum(isinstance(m, FixedQuantize) for m in final.modules()) == 4
     assert not any(isinstance(m, nn.ReLU | nn.ReLU6) for m in final.modules())  # the ranges cover them
     with torch.no_grad():
@@ -132,7 +132,7 @@ def test_every_width_of_the_grid(bits):
     ready = prepare(weight_bits=bits)
     train(ready, 2)
     final = torchopt.finalize(ready)
-    for name, grid in torchopt.grid.grids(final).items():
+    for name, grid in torchopt.network.grid.grids(final).items():
         codes = grid.codes(final.get_parameter(name))
         assert codes.abs().max() == 2 ** (bits - 1) - 1
 
@@ -141,7 +141,7 @@ def test_avx2_weights_keep_to_seven_bits():
     ready = torchopt.prepare(net(), [torchopt.Rule("*", quantize=torchopt.Quantize())], (data()[0],), target="ort-x86-avx2")
     torchopt.calibrate(ready, [data()[0]], progress=False)
     final = torchopt.finalize(ready)
-    assert {int(g.codes(final.get_parameter(n)).abs().max()) for n, g in torchopt.grid.grids(final).items()} == {63}
+    assert {int(g.codes(final.get_parameter(n)).abs().max()) for n, g in torchopt.network.grid.grids(final).items()} == {63}
 
 
 def test_learned_scales_are_trained():
@@ -152,7 +152,7 @@ def test_learned_scales_are_trained():
     train(ready, 2)
     assert not torch.equal(weight, ready.get_submodule("0").weight_scale)
     assert sum(not torch.equal(a, q.scale) for a, q in zip(activation, quantizers(ready))) == len(activation)
-    assert torchopt.grid.grids(torchopt.finalize(ready))["0.weight"].bits == 3
+    assert torchopt.network.grid.grids(torchopt.finalize(ready))["0.weight"].bits == 3
 
 
 def test_milestones_start_rounding_then_freeze_ranges_then_batch_norm():
@@ -199,7 +199,7 @@ def test_only_the_layers_asked_for_are_quantized():
     ready = torchopt.prepare(net(), [torchopt.Rule("3", quantize=torchopt.Quantize())], (data()[0],))
     torchopt.calibrate(ready, [data()[0]], progress=False)
     final = torchopt.finalize(ready)
-    assert list(torchopt.grid.grids(final)) == ["3.weight"]
+    assert list(torchopt.network.grid.grids(final)) == ["3.weight"]
     torch.testing.assert_close(final.get_parameter("0.weight"), net()[0].weight, rtol=0, atol=0)
 
 
@@ -283,7 +283,7 @@ def test_weight_only_takes_an_untraceable_model():
     ready = torchopt.prepare(Branching(), [torchopt.Rule("*", quantize=torchopt.Quantize(mode="weight_only"))])
     final = torchopt.finalize(ready)
     assert final.layer.weight.unique().numel() > 4
-    torchopt.grid.grids(final)["layer.weight"].codes(final.layer.weight)
+    torchopt.network.grid.grids(final)["layer.weight"].codes(final.layer.weight)
     with pytest.raises(torchopt.StateError, match="nothing in this model observes data"):
         torchopt.calibrate(ready, [torch.ones(1, 4)], progress=False)
 

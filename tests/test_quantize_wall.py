@@ -6,12 +6,12 @@ from torch import nn
 
 import torchopt
 from torchopt import Quantize, Rule
-from torchopt.earlier import left_behind
+from torchopt.compress.existing import left_behind
 from torchopt.errors import DataError
-from torchopt.quantize.activations import ActivationQuantizer
-from torchopt.quantize.folding import folded_once
-from torchopt.quantize.modules import Fused
-from torchopt.weights import weights
+from torchopt.network.weights import weights
+from torchopt.quantize.calibration.folding import folded_once
+from torchopt.quantize.layers.activations import ActivationQuantizer
+from torchopt.quantize.layers.modules import Fused
 
 NEAREST = [Rule("*", quantize=Quantize(observer="minmax", rounding="nearest", equalize=False))]
 

@@ -6,9 +6,9 @@ from torchopt import recipe as recipes
 from torchopt.cluster import Cluster
 from torchopt.errors import ConfigError, FileError
 from torchopt.prune import Prune
+from torchopt.prune.schedule import ConstantSparsity, CosineDecay, MultiStep, PolynomialDecay
 from torchopt.quantize import Quantize
 from torchopt.recipe import Benchmark, Export, Shrink, Stage, parse
-from torchopt.schedule import ConstantSparsity, CosineDecay, MultiStep, PolynomialDecay
 from torchopt.train import SGD, Distill
 
 WHOLE = """\

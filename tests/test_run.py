@@ -130,7 +130,7 @@ def test_the_final_model_of_a_run_is_the_exported_one(straight: tuple[Path, list
 
 
 def _started(recipe: Path, out: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torchopt.cli", "run", str(recipe), "--out", str(out), "--resume"]
+    command = [sys.executable, "-m", "torchopt", "run", str(recipe), "--out", str(out), "--resume"]
     return subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )

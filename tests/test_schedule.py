@@ -6,7 +6,7 @@ import math
 import pytest
 
 from torchopt.errors import ConfigError
-from torchopt.schedule import ConstantSparsity, CosineDecay, MultiStep, PolynomialDecay
+from torchopt.prune.schedule import ConstantSparsity, CosineDecay, MultiStep, PolynomialDecay
 
 SPANS = [
     lambda **kw: ConstantSparsity(target_sparsity=0.5, **kw),

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from torchopt import Quantize, Rule, finalize, one_shot, prepare
-from torchopt.quantize.modules import Fused
+from torchopt.quantize.layers.modules import Fused
 
 RULES = [Rule("*", quantize=Quantize())]
 

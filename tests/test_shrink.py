@@ -10,10 +10,10 @@ import torchvision
 from torch import nn
 
 import torchopt
-from torchopt.prune.channels import Channels, count_macs
+from torchopt.channels import Channels, count_macs
+from torchopt.compress.shrink import _bisect, _settled_ratio
 from torchopt.runtime import session
 from torchopt.runtime.benchmark import Row
-from torchopt.shrink import _bisect, _settled_ratio
 
 FAMILIES = [
     "resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_b0", "densenet121",

@@ -21,9 +21,10 @@ from onnx.backend.test.case import node as node_cases
 from onnx.backend.test.loader import load_model_tests
 
 import torchopt
-from torchopt.export import decode_initializers, pack, packable, unpack
-from torchopt.export.read import read
-from torchopt.export.scopes import View
+from torchopt.export import decode_initializers, unpack
+from torchopt.onnx_file.read import read
+from torchopt.onnx_file.view import View
+from torchopt.pack import pack, packable
 
 RANDOM = {"Bernoulli", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Dropout"}
 FREE = -(10**9)  # bytes that a call takes
@@ -149,9 +150,9 @@ def check(name, data, inputs, folder):
 def no_limits(monkeypatch):
     """Everything is packed, whatever it costs."""
     monkeypatch.setattr(packable, "SMALLEST", -1)
-    monkeypatch.setattr(sys.modules["torchopt.packing.encode"], "CALL_BYTES", FREE)
-    monkeypatch.setattr(sys.modules["torchopt.export.choose"], "CALL_BYTES", FREE)
-    monkeypatch.setattr(sys.modules["torchopt.export.choose"], "function_bytes", lambda encoding, opset: {})
+    monkeypatch.setattr(sys.modules["torchopt.codecs.encode"], "CALL_BYTES", FREE)
+    monkeypatch.setattr(sys.modules["torchopt.pack.choose"], "CALL_BYTES", FREE)
+    monkeypatch.setattr(sys.modules["torchopt.pack.choose"], "function_bytes", lambda encoding, opset: {})
 
 
 @pytest.mark.slow

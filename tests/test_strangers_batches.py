@@ -9,7 +9,7 @@ from torch import nn
 
 import torchopt
 from torchopt import Cluster, DataError, Quantize, Rule
-from torchopt.quantize.pieces import Whole, in_pieces, kept, part
+from torchopt.quantize.calibration.batch_slices import Whole, in_pieces, kept, part
 
 RULES = [Rule("*", quantize=Quantize())]
 

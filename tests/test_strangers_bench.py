@@ -8,7 +8,7 @@ import pytest
 from onnx import parser
 
 import torchopt
-from torchopt.cli import status
+from torchopt.cli.commands import status
 from torchopt.runtime import InputShape, parse_inputs
 
 

@@ -10,7 +10,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantFormat
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-from torchopt.export import decode_initializers, pack, unpack
+from torchopt.export import decode_initializers, unpack
+from torchopt.pack import pack
 from torchopt.report import report
 
 K, N, BLOCK = 100, 24, 32  # the last block is filled up

@@ -11,7 +11,7 @@ from torch import nn
 import torchopt
 from torchopt import Quantize, Rule
 from torchopt.errors import ModelError
-from torchopt.grid import grids
+from torchopt.network.grid import grids
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
 STATIC = [Rule("*", quantize=Quantize(observer="minmax", rounding="nearest", equalize=False))]

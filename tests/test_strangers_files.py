@@ -10,8 +10,11 @@ from onnx import TensorProto, helper, numpy_helper
 from test_pack_onnx import graph_of, run, weight, write
 
 import torchopt
-from torchopt.export import decode_initializers, pack, serialize, unpack, wire
-from torchopt.export.read import read
+from torchopt.export import decode_initializers, unpack
+from torchopt.onnx_file import protobuf as wire
+from torchopt.onnx_file import serialize
+from torchopt.onnx_file.read import read
+from torchopt.pack import pack
 
 W = weight(0.8, 16)
 

@@ -10,9 +10,9 @@ from torch import nn
 
 import torchopt
 from torchopt import Quantize, Rule
-from torchopt.grid import grids
-from torchopt.plain import described, plain
-from torchopt.quantize.modules import Fused
+from torchopt.network.core_layer import described, plain
+from torchopt.network.grid import grids
+from torchopt.quantize.layers.modules import Fused
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
 STATIC = [Rule("*", quantize=Quantize(observer="minmax", rounding="nearest", equalize=False))]

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import torchopt
-from torchopt import ConfigError, DataError, ModelError, Quantize, Rule, StateError, fallback
+from torchopt import ConfigError, DataError, ModelError, Quantize, Rule, StateError
+from torchopt.compress import fallback_by_latency as fallback
 
 X = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
 
@@ -81,7 +82,7 @@ def test_16_bit_activations_are_for_static(mode):
     ],
 )
 def test_scores_are_numbers(options, message, monkeypatch):
-    monkeypatch.setattr("torchopt.compress.faster_rules", lambda model, rules, *rest: (list(rules), []))
+    monkeypatch.setattr("torchopt.compress.verbs.faster_rules", lambda model, rules, *rest: (list(rules), []))
     with pytest.raises((ConfigError, DataError), match=message):
         torchopt.one_shot(
             net(), [Rule("*", quantize=Quantize(fallback="auto"))], [X], example_inputs=(X[:1],), progress=False, **options
@@ -105,8 +106,8 @@ def test_integers_must_lose_by_more_than_their_bytes_are_worth(low, size, pays):
 
 
 def test_calibrate_has_nothing_to_do_where_all_was_left_float(monkeypatch):
-    monkeypatch.setattr("torchopt.compress.faster_rules", lambda model, rules, *rest: ([Rule("*", quantize=None)], []))
-    monkeypatch.setattr("torchopt.compress._asks_for_ranges", lambda state: True)
+    monkeypatch.setattr("torchopt.compress.verbs.faster_rules", lambda model, rules, *rest: ([Rule("*", quantize=None)], []))
+    monkeypatch.setattr("torchopt.compress.verbs._asks_for_ranges", lambda state: True)
     ready = torchopt.prepare(net(), [Rule("*", quantize=Quantize(fallback="auto"))], (X[:1],))
     assert torchopt.calibrate(ready, [X], progress=False) is ready
     assert torch.equal(torchopt.finalize(ready).eval()(X), net()(X))

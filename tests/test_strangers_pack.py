@@ -14,8 +14,10 @@ from test_pack_onnx import graph_of, run, weight, write
 from test_web import unpack_in_node
 
 import torchopt
-from torchopt.cli import status
-from torchopt.export import decode_initializers, export, older, pack, unpack
+from torchopt.cli.commands import status
+from torchopt.export import decode_initializers, export, unpack
+from torchopt.onnx_file import older
+from torchopt.pack import pack
 
 W = weight(0.8, 16)
 

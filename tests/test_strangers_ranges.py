@@ -10,8 +10,9 @@ from torch import nn
 
 import torchopt
 from torchopt import Quantize, Rule
-from torchopt.quantize import ActivationQuantizer, output_error
-from torchopt.quantize.agreement import errors, largest_part
+from torchopt.quantize import ActivationQuantizer
+from torchopt.quantize.calibration import output_error
+from torchopt.quantize.calibration.agreement import errors, largest_part
 
 equalize = importlib.import_module("torchopt.quantize.corrections.equalize")
 ROWS = torch.randn(128, 32, generator=torch.Generator().manual_seed(0))

@@ -6,7 +6,7 @@ from torch import nn
 
 import torchopt
 from torchopt import Cluster, ConstantSparsity, Prune, Quantize, Rule, StateError
-from torchopt.quantize.learned import grown
+from torchopt.quantize.layers.learned import grown
 
 X = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
 
@@ -169,7 +169,7 @@ def test_clustered_weights_keep_their_one_scale_in_a_checkpoint(tmp_path):
     ready = torchopt.prepare(net, [Rule("*", quantize=Quantize())], (X,), preserve=False)
     torchopt.calibrate(ready, [X], progress=False)
     other = again(ready, tmp_path / "c.safetensors")
-    assert torchopt.grid.grids(other)["0.weight"].scale.shape == ()
+    assert torchopt.network.grid.grids(other)["0.weight"].scale.shape == ()
     assert torch.equal(other(X), torchopt.finalize(ready).eval()(X))
 
 

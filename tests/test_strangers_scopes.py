@@ -8,9 +8,9 @@ import pytest
 from onnx import helper, numpy_helper
 from test_pack_onnx import weight, write
 
-from torchopt.export import pack
-from torchopt.export.read import read
-from torchopt.export.scopes import View
+from torchopt.onnx_file.read import read
+from torchopt.onnx_file.view import View
+from torchopt.pack import pack
 
 HEAD = '<ir_version: 10, opset_import: ["": 21, "theirs": 1, "com.microsoft": 1]>'
 NOTHING = "f () => (no) {no = Constant <value_floats = [0.0]> ()}"

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import torchopt
+from torchopt.network.weights import weights
 from torchopt.prune import attach, finish, gathering
 from torchopt.prune.score import add_inputs
-from torchopt.weights import weights
 
 Prune, Rule = torchopt.Prune, torchopt.Rule
 

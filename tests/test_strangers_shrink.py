@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import torchopt
-from torchopt.importing import unnoticed
-from torchopt.prune.channels import Channels, shrunken_of, skipped_of
-from torchopt.prune.channels.fixed import held_still
+from torchopt.channels import Channels, shrunken_of, skipped_of
+from torchopt.channels.proved.fixed import held_still
+from torchopt.io.importing import unnoticed
 
 C, L, S = nn.Conv2d, nn.Linear, nn.Sequential
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -147,7 +147,7 @@ def test_imports_go_unnoticed():
     assert (random.getstate() == state, warnings.filters == filters) == (True, True)
     tree = ast.parse(Path(torchopt.__file__).read_text(encoding="utf-8"))
     outside = [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
-    assert outside == ["torchopt.importing"]
+    assert outside == ["torchopt.io.importing"]
 
 
 @pytest.mark.slow

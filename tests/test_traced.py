@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from torchopt.errors import FileError
-from torchopt.traced import describe, rebuild
+from torchopt.network.traced import describe, rebuild
 
 
 class Net(nn.Module):

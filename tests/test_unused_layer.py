@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from torchopt import Cluster, ConstantSparsity, Prune, Quantize, Rule, one_shot, prepare, report
-from torchopt.state import ATTRIBUTE
+from torchopt.state.counter import ATTRIBUTE
 
 
 class Unread(nn.Module):

@@ -24,7 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 import torchopt
-from torchopt.export.pack import decode_initializers, pack
+from torchopt.pack.pack import decode_initializers, pack
 from torchopt.web import UNPACK
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import torchopt
-from torchopt.quantize.modules import Fused
+from torchopt.quantize.layers.modules import Fused
 
 CASES = [
     (mask, table, mode)

@@ -1,13 +1,13 @@
 """torchopt: prune, cluster and quantize PyTorch models, and export one small ONNX file that ONNX Runtime runs fast."""
 
-from torchopt.importing import unnoticed
+from torchopt.io.importing import unnoticed
 
 with unnoticed():
-    from torchopt.average import ema_multi_avg_fn
-    from torchopt.batch_norm import reestimate_batch_norm
-    from torchopt.checkpoint import load, save
     from torchopt.cluster import Cluster
-    from torchopt.compress import calibrate, finalize, prepare, step
+    from torchopt.compress.checkpoint import load, save
+    from torchopt.compress.one_shot import one_shot
+    from torchopt.compress.shrink import shrink
+    from torchopt.compress.verbs import calibrate, finalize, prepare, step
     from torchopt.errors import (
         ConfigError,
         DataError,
@@ -18,15 +18,16 @@ with unnoticed():
         TargetError,
         TorchoptError,
     )
-    from torchopt.export import ExportResult, PackReport, export, pack, unpack
-    from torchopt.one_shot import one_shot
+    from torchopt.export import ExportResult, PackReport, export, unpack
+    from torchopt.network.batch_norm import reestimate_batch_norm
     from torchopt.onnx_to_onnx import CompressedFile, Likeness, compress_onnx
+    from torchopt.pack import pack
     from torchopt.prune import ConstantSparsity, CosineDecay, MultiStep, PolynomialDecay, Prune
     from torchopt.quantize import Quantize, load_ranges, save_ranges
     from torchopt.report import Report, report
     from torchopt.rules import Rule
     from torchopt.runtime import Placement, Timing, Verdict, benchmark, inspect, verify
-    from torchopt.shrink import shrink
+    from torchopt.state.moving_average import ema_multi_avg_fn
 
 __version__ = "0.1.0"
 

@@ -1,6 +1,6 @@
 """`python -m torchopt` is the command line."""
 
-from torchopt.cli import main
+from torchopt.cli.commands import main
 
 if __name__ == "__main__":
     main()

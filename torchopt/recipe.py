@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 import yaml
 
-from torchopt import strict
 from torchopt.data import Digits, FashionMnist, ImageFolder, ImportedData, SpokenDigits
 from torchopt.errors import ConfigError, FileError, nearest
-from torchopt.located import line_of, put, read_yaml
+from torchopt.io import schema as strict
+from torchopt.io.schema import Path
+from torchopt.io.yaml_lines import line_of, put, read_yaml
 from torchopt.models import ImportedModel, ReferenceModel
 from torchopt.rules import Rule
-from torchopt.strict import Path
 from torchopt.train import Train
 
 TARGETS = ("ort-x86", "ort-x86-avx2", "ort-arm", "ort-web", "openvino")

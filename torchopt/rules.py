@@ -15,9 +15,9 @@ from torch import nn
 
 from torchopt.cluster import Cluster
 from torchopt.errors import ConfigError, RuleError, nearest
+from torchopt.network.weights import Weight, find_weight, has_parameter, weights
 from torchopt.prune import Prune
 from torchopt.quantize import Quantize
-from torchopt.weights import Weight, find_weight, has_parameter, weights
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from sklearn.cluster import KMeans
 from torch import nn
 
 import torchopt
-from torchopt.cluster.kmeans import kmeans, squared_error
+from torchopt.cluster.tables.kmeans import kmeans, squared_error
 
 Array = np.ndarray
 MANY, K = 2_360_000, 16

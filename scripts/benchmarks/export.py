@@ -21,8 +21,9 @@ from export_files import fixed_rows, further_row, memory_row
 from harness import Row, interleave, note, write
 from onnx import TensorProto, helper, numpy_helper
 
-from torchopt.export import pack, unpack
-from torchopt.packing import encode
+from torchopt.codecs import encode
+from torchopt.export import unpack
+from torchopt.pack import pack
 
 SPARSITIES, VALUES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95), (2, 4, 8, 16, 32, 64, 256)
 TYPES = (np.float32, np.int8)

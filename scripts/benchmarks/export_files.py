@@ -17,14 +17,15 @@ from harness import Row, note
 from onnx import TensorProto, helper, numpy_helper
 
 from torchopt import Cluster, ConstantSparsity, Prune, Quantize, Rule, export, one_shot
-from torchopt.export import pack
 from torchopt.models import build
+from torchopt.pack import pack
 
 TINY = {"ResNet-8": ("resnet8", 10, (3, 32, 32)), "DS-CNN": ("ds_cnn", 12, (1, 49, 10))}
 WIDTH, LAYERS = 4096, 3  # 16.8 million weights a tensor
 MEASURED = """
 import sys
-from torchopt.export import pack, unpack
+from torchopt.export import unpack
+from torchopt.pack import pack
 def kilobytes(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
 open("/proc/self/clear_refs", "w").write("5")  # the peak from here on

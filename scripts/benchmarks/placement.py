@@ -65,8 +65,8 @@ def dense_bytes(model: nn.Module) -> int:
     """One byte a weight, four a bias or another parameter, four a scale."""
     weights = {id(p): p for module in model.modules() for n, p in module.named_parameters(recurse=False) if p.dim() > 1}
     others = sum(p.numel() for p in model.parameters() if p.dim() <= 1)
-    scales = sum(grid.scale.numel() for grid in torchopt.grid.grids(model).values())
-    gridded = {id(model.get_parameter(name)) for name in torchopt.grid.grids(model)}
+    scales = sum(grid.scale.numel() for grid in torchopt.network.grid.grids(model).values())
+    gridded = {id(model.get_parameter(name)) for name in torchopt.network.grid.grids(model)}
     return sum(p.numel() * (1 if i in gridded else 4) for i, p in weights.items()) + 4 * (others + scales)
 
 

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torch.nn.utils import prune as torch_prune
 from torchvision.models import resnet18, resnet50
 
+from torchopt.network.weights import weights
 from torchopt.prune import ConstantSparsity, Prune, attach, finish, update
-from torchopt.weights import weights
 
 EVERY_HUNDRED = Prune(schedule=ConstantSparsity(target_sparsity=0.8, frequency=100))
 EVERY_STEP = Prune(schedule=ConstantSparsity(target_sparsity=0.8, frequency=1))

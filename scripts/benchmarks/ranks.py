@@ -23,10 +23,8 @@ GOAL = 0.3  # points
 def score(ranks: int, options: list[str], folder: str) -> dict[str, float]:
     """Run the recipe over `ranks` processes; return the accuracies of its two files and the seconds that it took."""
     note(f"ranks: {ranks}")
-    start = [sys.executable, "-m"] + (
-        ["torchopt.cli"] if ranks == 1 else ["torch.distributed.run", "--nproc-per-node", str(ranks)]
-    )
-    start += [] if ranks == 1 else ["-m", "torchopt.cli"]
+    start = [sys.executable, "-m"] + (["torchopt"] if ranks == 1 else ["torch.distributed.run", "--nproc-per-node", str(ranks)])
+    start += [] if ranks == 1 else ["-m", "torchopt"]
     out = f"{folder}/{ranks}"
     command = [*start, "run", RECIPE, "--out", out, *options]
     subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)

@@ -17,7 +17,7 @@ from harness import Row, note, write
 from torch import nn
 
 import torchopt
-from torchopt.prune.channels import count_macs
+from torchopt.channels import count_macs
 from torchopt.runtime import session
 
 FAMILIES = (

@@ -2,9 +2,9 @@
 
 from torchopt.cluster.attach import attach, bake, refit, shared_weights, soft_until, table_of, update
 from torchopt.cluster.config import Cluster
-from torchopt.cluster.intact import damaged, evaluations, stale
-from torchopt.cluster.kmeans import kmeans, squared_error
+from torchopt.cluster.consistency import damaged, evaluations, stale
 from torchopt.cluster.shared import SharedWeights
+from torchopt.cluster.tables.kmeans import kmeans, squared_error
 
 __all__ = [
     "Cluster",

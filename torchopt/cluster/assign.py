@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchopt.cluster.blocks import block_of, blocks, in_pairs, look_up_, look_up_pairs_, pair_table, take_, whole_blocks
-from torchopt.cluster.cells import Cells
-from torchopt.scratch import scratch
+from torchopt.cluster.tables.cells import Cells
+from torchopt.fast.buffers import scratch
 
 COUNT = 1 << 16
 APART = 16  # cells between neighbouring entries, at least

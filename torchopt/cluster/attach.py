@@ -19,10 +19,10 @@ from torchopt.cluster.config import Cluster
 from torchopt.cluster.fit import tables
 from torchopt.cluster.shared import COUNT_EVERY, SharedWeights
 from torchopt.cluster.straight import grid_scale
-from torchopt.computed import SHOWN, can_be_pickled, cannot_be_assigned, show
 from torchopt.errors import ModelError, RuleError
-from torchopt.grid import set_grid
-from torchopt.weights import Skipped, Weight, is_pruned, keeps_zeros
+from torchopt.network.computed import SHOWN, can_be_pickled, cannot_be_assigned, show
+from torchopt.network.grid import set_grid
+from torchopt.network.weights import Skipped, Weight, is_pruned, keeps_zeros
 
 POSITION = "_torchopt_position"  # of a weight among its module's parameters, kept on the list of its parametrizations
 
@@ -45,7 +45,7 @@ def attach(
         RuleError: no weight at all could be clustered.
 
     Example:
-        >>> from torchopt.weights import weights
+        >>> from torchopt.network.weights import weights
         >>> layer = nn.Linear(8, 8)
         >>> attach([(weights(layer)[0], Cluster(n_clusters=4))], preserve=True)
         []

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchopt.scratch import scratch
+from torchopt.fast.buffers import scratch
 
 PER_THREAD = 1 << 17  # elements of a block: 512 KB of float32, less than a second-level cache; and above torch's grain of 32,768
 SUMS_FROM = 1 << 18  # below, `bincount` is faster

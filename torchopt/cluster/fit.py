@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from torchopt.cluster.config import MOST_CLUSTERS, Cluster
-from torchopt.cluster.kmeans import kmeans
-from torchopt.cluster.points import Array
+from torchopt.cluster.tables.kmeans import kmeans
+from torchopt.cluster.tables.points import Array
 from torchopt.errors import RuleError
 
 

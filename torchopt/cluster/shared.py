@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torchopt.cluster.assign import assign_, render_
 from torchopt.cluster.blocks import count_by_code, sum_by_code
 from torchopt.cluster.config import Cluster
-from torchopt.cluster.kmeans import refilled
 from torchopt.cluster.soft import soft_values
 from torchopt.cluster.straight import Gathered, Shared, on_grid
+from torchopt.cluster.tables.kmeans import refilled
 from torchopt.errors import ModelError
-from torchopt.seal import seal
+from torchopt.state.checksum import seal
 
 COUNT_EVERY = 16
 PROBE = 4096  # codes among which each entry of a table that is well used occurs
@@ -84,7 +84,7 @@ class SharedWeights(nn.Module):
 
     @property
     def keeps_zeros(self) -> bool:
-        """True while each weight that is 0 comes out as exactly 0 (`torchopt.weights.keeps_zeros`)."""
+        """True while each weight that is 0 comes out as exactly 0 (`torchopt.network.weights.keeps_zeros`)."""
         return self.pinned and not self.soft
 
     @property

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from torchopt.cluster.blocks import block_of, blocks, take_, whole_blocks
-from torchopt.cluster.cells import Cells
 from torchopt.cluster.straight import Aggregated
-from torchopt.scratch import scratch
+from torchopt.cluster.tables.cells import Cells
+from torchopt.fast.buffers import scratch
 
 if TYPE_CHECKING:
     from torchopt.cluster.shared import SharedWeights

@@ -10,7 +10,7 @@ import torch
 
 from torchopt.data.pictures import PICTURES, open_picture, picture_files
 from torchopt.errors import ConfigError, DataError, FileError
-from torchopt.progress import track
+from torchopt.io.progress import track
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation that torchvision's networks expect
 

@@ -21,8 +21,8 @@ import torch
 from torchopt.data.dataset import Dataset, generator
 from torchopt.data.pictures import classes_of, open_picture, split_of
 from torchopt.errors import ConfigError, DataError, FileError
-from torchopt.importing import in_users_code, load_callable
-from torchopt.progress import track
+from torchopt.io.importing import in_users_code, load_callable
+from torchopt.io.progress import track
 
 GARMENTS = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 TEN = tuple("0123456789")

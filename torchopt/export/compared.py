@@ -3,8 +3,8 @@
 1. outputs equal to 1e-4 of their scale   → proven, integers too: evaluation in torch rounds as the kernels do
 2. a float file further apart             → an error that names the first layer that differs, unless the network itself moves that far
                                              when its numbers move by a millionth
-3. an integer file further apart          → compared rounding by rounding (`forced.py`), each from the same integers; an error names the
-                                             first that is off by more than 1 step in 0.1 % of its values, or by any number in 1 %
+3. an integer file further apart          → compared rounding by rounding (`rounding_by_rounding.py`), each from the same integers; an
+                                             error names the first that is off by more than 1 step in 0.1 % of its values, or by any number in 1 %
 4. an integer file that is right there, and gives other outputs when nobody looks at its roundings
                                           → an error that names the first rounding that ONNX Runtime merges into another
 5. none of these                          → proven: what is left is the rounding of floats between the integers
@@ -29,12 +29,12 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from torchopt.errors import FileError, ModelError
-from torchopt.export.distance import CLOSE, all_close, apart, close, figures, scale_of
-from torchopt.export.forced import File, Forced, Step, disturbed
-from torchopt.export.layers import differences
-from torchopt.proof import undisturbed
-from torchopt.quantize.activations import FixedQuantize
-from torchopt.quantize.dynamic import DynamicLinear
+from torchopt.export.difference import CLOSE, all_close, apart, close, figures, scale_of
+from torchopt.export.first_difference import differences
+from torchopt.export.rounding_by_rounding import File, Forced, Step, disturbed
+from torchopt.network.proof import undisturbed
+from torchopt.quantize.layers.activations import FixedQuantize
+from torchopt.quantize.layers.dynamic import DynamicLinear
 
 IN_BLOCKS = 0.05  # the same where ONNX Runtime rounds the input of products in blocks to 8 bits (`passes/block_weights.py`)
 BEYOND, SHARE = 1.0, 1e-3  # steps, and the share of values that may be further apart

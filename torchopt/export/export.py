@@ -22,14 +22,10 @@ import onnx_ir as ir
 import onnxruntime
 from torch import nn
 
-from torchopt.alone import alone
 from torchopt.errors import ConfigError, ModelError, nearest
 from torchopt.export.compared import IN_BLOCKS, Proof
-from torchopt.export.distance import CLOSE
-from torchopt.export.forced import Roundings
+from torchopt.export.difference import CLOSE
 from torchopt.export.graph import as_exported, plain, to_onnx
-from torchopt.export.pack import pack_model
-from torchopt.export.pack_report import PackReport
 from torchopt.export.passes import (
     BlockWeightsPass,
     DefaultAttributesPass,
@@ -51,12 +47,16 @@ from torchopt.export.passes import (
     TidyPass,
     WideChannelsPass,
 )
-from torchopt.export.passes.block_weights import rounds_its_input
+from torchopt.export.passes.weights.block_weights import rounds_its_input
 from torchopt.export.processor import runs_exactly
-from torchopt.export.proof import prove
-from torchopt.export.serialize import serialized
-from torchopt.files import atomic_path
-from torchopt.grid import grids
+from torchopt.export.rounding_by_rounding import Roundings
+from torchopt.io.files import atomic_path
+from torchopt.network.grid import grids
+from torchopt.onnx_file.serialize import serialized
+from torchopt.pack.pack import pack_model
+from torchopt.pack.proof import prove
+from torchopt.pack.report import PackReport
+from torchopt.process.ordinary import alone
 
 OPSETS = {"ort-x86": 21, "ort-x86-avx2": 21, "ort-arm": 21, "ort-web": 21, "openvino": 21}
 OLDEST, NEWEST = 17, 23

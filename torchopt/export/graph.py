@@ -19,10 +19,10 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from torchopt.copies import copied
 from torchopt.errors import DataError, ModelError
 from torchopt.export.operators import operators
 from torchopt.export.traced_grids import trace_grids, translations, type_codes
+from torchopt.network.copies import copied
 
 BATCH = "batch"
 BRANCHES = "its code asks for a value that only data gives: decide it beforehand (torch's decoder layers: tgt_is_causal=True)"

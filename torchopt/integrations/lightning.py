@@ -8,9 +8,9 @@ import lightning.pytorch as lightning
 import torch
 from torch import nn
 
-from torchopt.compress import advance, step
+from torchopt.compress.verbs import advance, step
 from torchopt.errors import StateError
-from torchopt.state import find_states
+from torchopt.state.counter import find_states
 
 
 class CompressionCallback(lightning.Callback):

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from torchopt.compress import step
+from torchopt.compress.verbs import step
 from torchopt.errors import StateError
-from torchopt.state import find_state
+from torchopt.state.counter import find_state
 
 
 class CompressionCallback(TrainerCallback):

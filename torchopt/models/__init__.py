@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from torchopt.errors import ConfigError, FileError, ModelError, nearest
-from torchopt.importing import in_users_code, load_callable
+from torchopt.io.importing import in_users_code, load_callable
 from torchopt.models.networks import DigitsNet, DsCnn, MobileNet, ResNet8
 
 KINDS: dict[str, type[ResNet8 | DigitsNet | DsCnn | MobileNet]] = {

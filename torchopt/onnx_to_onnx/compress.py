@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from torchopt.errors import ConfigError, ModelError, nearest
-from torchopt.export import pack as pack_file
-from torchopt.export.read import EXTERNAL, read
-from torchopt.export.serialize import write
-from torchopt.files import atomic_path
+from torchopt.io.files import atomic_path
+from torchopt.onnx_file.read import EXTERNAL, read
+from torchopt.onnx_file.serialize import write
 from torchopt.onnx_to_onnx.calibrated import Data, quantize_dynamic, quantize_static, read_batches
 from torchopt.onnx_to_onnx.likeness import Likeness, likeness
 from torchopt.onnx_to_onnx.rewrite import rewrite
+from torchopt.pack import pack as pack_file
 from torchopt.runtime import benchmark, session
 from torchopt.runtime.inputs import Asked, feed_of, run
 

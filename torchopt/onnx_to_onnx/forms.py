@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from torchopt.cluster.kmeans import kmeans
+from torchopt.cluster.tables.kmeans import kmeans
 
 BLOCK = 32  # neighbours that share a scale in four bits
 GAIN = 0.5  # dB by which more scales must be better to be taken

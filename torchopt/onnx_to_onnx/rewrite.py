@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from torchopt.export.scopes import Constant, View
+from torchopt.onnx_file.view import Constant, View
 from torchopt.onnx_to_onnx.forms import Form, rounded
 
 SMALLEST = 1024  # elements; below, the nodes that decode take what the codes save

@@ -2,11 +2,11 @@
 
 from torchopt.prune.attach import attach, bake, mask_of
 from torchopt.prune.config import Prune
+from torchopt.prune.consistency import damaged
 from torchopt.prune.coupled import Coupled, attach_coupled, couple
-from torchopt.prune.intact import damaged
+from torchopt.prune.schedule import ConstantSparsity, CosineDecay, MultiStep, PolynomialDecay, Schedule
 from torchopt.prune.score import GATHERS
 from torchopt.prune.update import finish, gather, observes, unfinished, update
-from torchopt.schedule import ConstantSparsity, CosineDecay, MultiStep, PolynomialDecay, Schedule
 
 __all__ = [
     "GATHERS",

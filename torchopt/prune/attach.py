@@ -15,9 +15,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.prune import PruningContainer
 
 from torchopt.errors import RuleError, StateError
+from torchopt.network.weights import Skipped, Weight, is_pruned
 from torchopt.prune.config import Prune
 from torchopt.prune.mask import Mask
-from torchopt.weights import Skipped, Weight, is_pruned
 
 Pair = tuple[Weight, Prune]
 
@@ -37,7 +37,7 @@ def attach(pairs: Sequence[Pair], *, preserve: bool) -> list[Skipped]:
         StateError: a weight carries a mask already.
 
     Example:
-        >>> from torchopt.weights import weights
+        >>> from torchopt.network.weights import weights
         >>> net = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 2, 1))
         >>> [s.name for s in attach([(w, Prune(schedule=0.5)) for w in weights(net)], preserve=True)]
         ['0.weight']

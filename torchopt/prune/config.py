@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torchopt.errors import ConfigError, nearest
-from torchopt.schedule import ConstantSparsity, Schedule, check_sparsity
+from torchopt.prune.schedule import ConstantSparsity, Schedule, check_sparsity
 
 PATTERNS = ("element", "block", "n:m", "channel")
 POOLINGS = ("AVG", "MAX")

@@ -18,12 +18,12 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from torchopt.channels import Channels
 from torchopt.errors import ConfigError, RuleError
+from torchopt.network.weights import Skipped, find_weight, is_pruned
 from torchopt.prune.attach import first_mask
-from torchopt.prune.channels import Channels
 from torchopt.prune.config import Prune
 from torchopt.prune.mask import Coupling, Mask
-from torchopt.weights import Skipped, find_weight, is_pruned
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,12 +27,12 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.prune import BasePruningMethod
 
-from torchopt.computed import is_shown
 from torchopt.errors import StateError
+from torchopt.fast.zero import zero_
+from torchopt.network.computed import is_shown
+from torchopt.network.weights import Weight, keeps_zeros
 from torchopt.prune.config import Prune
 from torchopt.prune.score import add_inputs, empty_gathered, gathered_name
-from torchopt.prune.zero import zero_
-from torchopt.weights import Weight, keeps_zeros
 
 FLOOR = "_floor"
 

@@ -20,9 +20,9 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from torchopt.errors import StateError
+from torchopt.network.weights import Weight
 from torchopt.prune.config import Prune
 from torchopt.prune.select import Scores
-from torchopt.weights import Weight
 
 GATHERS = ("taylor", "movement")  # scores that add up gradients
 

@@ -48,7 +48,7 @@ def update(model: nn.Module, step: int) -> bool:
 
     Example:
         >>> from torchopt.prune import attach
-        >>> from torchopt.weights import weights
+        >>> from torchopt.network.weights import weights
         >>> layer = nn.Linear(8, 8)
         >>> _ = attach([(w, Prune(schedule=0.75)) for w in weights(layer)], preserve=True)
         >>> update(layer, 1), int(layer.weight_mask.sum())
@@ -100,7 +100,7 @@ def unfinished(model: nn.Module, step: int) -> list[Unfinished]:
 
     Example:
         >>> from torchopt.prune import PolynomialDecay, attach
-        >>> from torchopt.weights import weights
+        >>> from torchopt.network.weights import weights
         >>> layer = nn.Linear(8, 8)
         >>> slow = Prune(schedule=PolynomialDecay(final_sparsity=0.75, end_step=10, frequency=5))
         >>> _ = attach([(w, slow) for w in weights(layer)], preserve=True), update(layer, 5)

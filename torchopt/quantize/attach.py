@@ -13,21 +13,21 @@ from typing import Any
 
 from torch import nn
 
-from torchopt.quantize.activations import ActivationQuantizer
-from torchopt.quantize.attention import open_attentions
-from torchopt.quantize.blocks import FusedBlockLinear
+from torchopt.network.weights import IN_PROJECTION
 from torchopt.quantize.config import Quantize
-from torchopt.quantize.dynamic import FusedDynamicLinear
+from torchopt.quantize.graph.naming import name_of_value
 from torchopt.quantize.in_place import in_place, twins
-from torchopt.quantize.later import WEIGHTS_LATER, weights_later
-from torchopt.quantize.layers import LEFT
-from torchopt.quantize.modules import Fused
-from torchopt.quantize.naming import name_of_value
-from torchopt.quantize.recurrent import QuantizedRecurrent
+from torchopt.quantize.layers.activations import ActivationQuantizer
+from torchopt.quantize.layers.attention import open_attentions
+from torchopt.quantize.layers.bare_weights import WEIGHTS_LATER, weights_later
+from torchopt.quantize.layers.blocks import FusedBlockLinear
+from torchopt.quantize.layers.dynamic import FusedDynamicLinear
+from torchopt.quantize.layers.float_layers import LEFT
+from torchopt.quantize.layers.modules import Fused
+from torchopt.quantize.layers.recurrent import QuantizedRecurrent
+from torchopt.quantize.layers.weight_grid import settle
 from torchopt.quantize.static import static
 from torchopt.quantize.targets import target_named
-from torchopt.quantize.weight_grid import settle
-from torchopt.weights import IN_PROJECTION
 
 PARTS = (Fused, ActivationQuantizer, QuantizedRecurrent)  # what rounds in training
 

@@ -9,17 +9,17 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from torchopt.errors import StateError
-from torchopt.grid import set_grid
-from torchopt.quantize.activations import ActivationQuantizer, FixedQuantize
-from torchopt.quantize.dropout import Regularizer
-from torchopt.quantize.fuse import activation_of, ends_of
-from torchopt.quantize.kernels import IntegerKernel, link_kernels
-from torchopt.quantize.later import WEIGHTS_LATER, snapped, weights_later
-from torchopt.quantize.layers import LEFT
-from torchopt.quantize.modules import Fused
-from torchopt.quantize.naming import name_of_value
-from torchopt.quantize.recurrent import QuantizedRecurrent
-from torchopt.surgery import module_of, set_module
+from torchopt.network.grid import set_grid
+from torchopt.network.surgery import module_of, set_module
+from torchopt.quantize.graph.dropout import Regularizer
+from torchopt.quantize.graph.fuse import activation_of, ends_of
+from torchopt.quantize.graph.naming import name_of_value
+from torchopt.quantize.layers.activations import ActivationQuantizer, FixedQuantize
+from torchopt.quantize.layers.bare_weights import WEIGHTS_LATER, snapped, weights_later
+from torchopt.quantize.layers.float_layers import LEFT
+from torchopt.quantize.layers.kernels import IntegerKernel, link_kernels
+from torchopt.quantize.layers.modules import Fused
+from torchopt.quantize.layers.recurrent import QuantizedRecurrent
 
 
 def bake(model: nn.Module) -> nn.Module:

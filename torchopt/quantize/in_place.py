@@ -7,13 +7,13 @@ from dataclasses import replace
 
 from torch import nn
 
+from torchopt.network.surgery import get_module, set_module
 from torchopt.quantize.config import Quantize
-from torchopt.quantize.later import WEIGHTS_LATER
-from torchopt.quantize.layers import fused
-from torchopt.quantize.recurrent import RECURRENT
-from torchopt.quantize.rounded import rounded, rounded_class
+from torchopt.quantize.layers.bare_weights import WEIGHTS_LATER
+from torchopt.quantize.layers.float_layers import fused
+from torchopt.quantize.layers.input_rounded import rounded, rounded_class
+from torchopt.quantize.layers.recurrent import RECURRENT
 from torchopt.quantize.targets import Target
-from torchopt.surgery import get_module, set_module
 
 
 def in_place(model: nn.Module, path: str, config: Quantize, runtime: Target, params: Sequence[str] = ()) -> nn.Module:

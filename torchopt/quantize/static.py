@@ -16,22 +16,22 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from torchopt.copies import twin
 from torchopt.errors import ModelError, StateError
-from torchopt.quantize.attention import open_attentions
+from torchopt.network.copies import twin
+from torchopt.network.weights import weights
+from torchopt.quantize.calibration.proving import examples, prove, prove_training
 from torchopt.quantize.config import Quantize
 from torchopt.quantize.corrections import check
-from torchopt.quantize.front import leave_front
-from torchopt.quantize.fuse import fuse
-from torchopt.quantize.graphs import QuantizableGraph
+from torchopt.quantize.graph.float_front import leave_front
+from torchopt.quantize.graph.fuse import fuse
+from torchopt.quantize.graph.graphs import QuantizableGraph
+from torchopt.quantize.graph.placement import lift_activations, place
+from torchopt.quantize.graph.trace import forget, trace
 from torchopt.quantize.in_place import in_place, without_graph
-from torchopt.quantize.modules import Fused
-from torchopt.quantize.placement import lift_activations, place
-from torchopt.quantize.proving import examples, prove, prove_training
-from torchopt.quantize.rounded import share_inputs
+from torchopt.quantize.layers.attention import open_attentions
+from torchopt.quantize.layers.input_rounded import share_inputs
+from torchopt.quantize.layers.modules import Fused
 from torchopt.quantize.targets import Target
-from torchopt.quantize.trace import forget, trace
-from torchopt.weights import weights
 
 
 def static(

@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 
-from torchopt.files import write_text
+from torchopt.io.files import write_text
 from torchopt.report.plots import stage_scores, weight_histogram
 from torchopt.report.summary import RunReport
 

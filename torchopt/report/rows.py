@@ -19,16 +19,16 @@ from rich.table import Table
 from torch import nn
 from torch.nn.utils import parametrize
 
-from torchopt.compress import finalize
+from torchopt.channels import Shrunken, shrunken_of, skipped_of
+from torchopt.codecs import encode
+from torchopt.compress.verbs import finalize
 from torchopt.errors import StateError
-from torchopt.export.passes.block_weights import two_a_byte
-from torchopt.export.passes.half_weights import held
-from torchopt.grid import Grid, grids
-from torchopt.packing import encode
-from torchopt.prune.channels import Shrunken, shrunken_of, skipped_of
+from torchopt.export.passes.weights.block_weights import two_a_byte
+from torchopt.export.passes.weights.half_weights import held
+from torchopt.network.grid import Grid, grids
+from torchopt.network.weights import Skipped, Weight, custom_weights, is_pruned, noted, weights
 from torchopt.report.stored import stored
-from torchopt.state import find_state, require_state
-from torchopt.weights import Skipped, Weight, custom_weights, is_pruned, noted, weights
+from torchopt.state.counter import find_state, require_state
 
 FEW_ZEROS = 0.05  # share of zeros up to which nobody pruned
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from torchopt.export.decoded import weights_in_blocks
-from torchopt.export.nbits import BlockCodes
-from torchopt.export.pack import unpack_model
-from torchopt.export.read import read
-from torchopt.export.scopes import BOTH, RUNTIMES, STANDARD, Constant, View
+from torchopt.onnx_file.nbits import BlockCodes
+from torchopt.onnx_file.read import read
+from torchopt.onnx_file.view import BOTH, RUNTIMES, STANDARD, Constant, View
+from torchopt.pack.decoded import weights_in_blocks
+from torchopt.pack.pack import unpack_model
 from torchopt.runtime.found import layers
 
 Parts = dict[int, tuple[int | None, int | None]]  # input of a weight → inputs of its scale and its zero point

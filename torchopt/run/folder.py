@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from torchopt import recipe as recipes
+from torchopt.channels.plan import Plan
 from torchopt.data import changed
 from torchopt.errors import FileError, StateError
-from torchopt.files import atomic_path, write_text
-from torchopt.prune.plan import Plan
+from torchopt.io.files import atomic_path, write_text
 from torchopt.recipe import Loaded
 
 FORMAT = 1

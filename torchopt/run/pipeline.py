@@ -23,13 +23,13 @@ import torch
 from torch import nn
 
 from torchopt import recipe as recipes
+from torchopt.channels import count_macs
 from torchopt.data import Dataset, fingerprint
 from torchopt.errors import FileError, ModelError
 from torchopt.export import decode_initializers, export
-from torchopt.files import write_text
-from torchopt.importing import in_users_code
-from torchopt.prune.channels import count_macs
-from torchopt.randomness import random_state_kept
+from torchopt.io.files import write_text
+from torchopt.io.importing import in_users_code
+from torchopt.process.random_state import random_state_kept
 from torchopt.recipe import Loaded, Recipe
 from torchopt.report import histogram, write_html
 from torchopt.report import report as weight_report

@@ -14,15 +14,15 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from torchopt.compress import attach
+from torchopt.compress.verbs import attach
 from torchopt.data import Dataset, epoch_order
 from torchopt.errors import ConfigError, DataError, ModelError
-from torchopt.importing import in_users_code
+from torchopt.io.importing import in_users_code
+from torchopt.prune.schedule import reached
 from torchopt.recipe import Recipe, Stage
 from torchopt.rules import Rule
 from torchopt.run.folder import Position
-from torchopt.schedule import reached
-from torchopt.state import require_state
+from torchopt.state.counter import require_state
 from torchopt.train import Train, accuracy, device_of
 
 

@@ -1,6 +1,6 @@
 """Several processes of one run, as torchrun starts them: all of them train, the first one alone writes.
 
-torchrun --nproc-per-node 2 -m torchopt.cli run RECIPE --out DIR
+torchrun --nproc-per-node 2 -m torchopt run RECIPE --out DIR
 """
 
 from __future__ import annotations

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchopt.compress import calibrate, finalize, prepare, step
+from torchopt.channels import skipped_of
+from torchopt.channels.plan import Plan, apply_plan, plan_of
+from torchopt.compress.one_shot import one_shot
+from torchopt.compress.shrink import shrink
+from torchopt.compress.verbs import calibrate, finalize, prepare, step
 from torchopt.data import Dataset
-from torchopt.one_shot import one_shot
 from torchopt.prune import unfinished
-from torchopt.prune.channels import skipped_of
-from torchopt.prune.plan import Plan, apply_plan, plan_of
 from torchopt.recipe import Recipe, Shrink
 from torchopt.report import report as weight_report
 from torchopt.run.folder import Position, Tensors
-from torchopt.shrink import shrink
-from torchopt.state import require_state
+from torchopt.state.counter import require_state
 from torchopt.train import Train, accuracy, train
 
 CALIBRATION_BATCHES = 32  # what a stage without training uses where `calibrate` is left at 0

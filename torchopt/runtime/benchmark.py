@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from torchopt.errors import ConfigError, FileError
-from torchopt.progress import track
+from torchopt.io.progress import track
 from torchopt.runtime.inputs import Asked, Feed, call, check_names, feed_of, foreign, run, shape_of
 from torchopt.runtime.session import session
 

@@ -16,8 +16,8 @@ from onnx import TensorProto
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from torchopt.batches import Batch, model_inputs
 from torchopt.errors import DataError
+from torchopt.network.batches import Batch, model_inputs
 from torchopt.runtime.inputs import Feed
 
 

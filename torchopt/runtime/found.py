@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from torchopt.export.scopes import BOTH, REWRITES, STANDARD, Constant, View, weight_inputs
+from torchopt.onnx_file.view import BOTH, REWRITES, STANDARD, Constant, View, weight_inputs
 
 FORMS = REWRITES | {"Concat", "Split"}
 ALWAYS = {"Conv", "ConvTranspose", "DeformConv"}  # layers whatever their weight is; a product of two activations is none

@@ -10,8 +10,8 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torchopt.export.read import read
-from torchopt.export.scopes import View
+from torchopt.onnx_file.read import read
+from torchopt.onnx_file.view import View
 from torchopt.runtime.found import Found, layers
 from torchopt.runtime.kernels import Kernel, Ran, ran
 from torchopt.runtime.reasons import reason

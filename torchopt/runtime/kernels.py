@@ -20,8 +20,8 @@ import onnx
 import onnx_ir as ir
 
 from torchopt.errors import FileError
-from torchopt.export.decoders import DOMAIN
-from torchopt.export.scopes import WEIGHTS, View
+from torchopt.onnx_file.view import WEIGHTS, View
+from torchopt.pack.decoders import DOMAIN
 from torchopt.runtime.session import session
 
 INTEGER = {

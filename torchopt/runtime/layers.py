@@ -1,4 +1,4 @@
-"""Where a file on disk first computes something else than the model (`export/layers.py`)."""
+"""Where a file on disk first computes something else than the model (`export/first_difference.py`)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 
 from torch import nn
 
-from torchopt.batches import Batch, model_inputs
-from torchopt.export.layers import LayerDifference, differences
-from torchopt.export.pack import unpack_model
-from torchopt.export.read import read
+from torchopt.export.first_difference import LayerDifference, differences
+from torchopt.network.batches import Batch, model_inputs
+from torchopt.onnx_file.read import read
+from torchopt.pack.pack import unpack_model
 from torchopt.runtime.feed import feed_of_batch
 
 

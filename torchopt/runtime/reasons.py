@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from torchopt.export.scopes import View, weight_inputs
+from torchopt.onnx_file.view import View, weight_inputs
 from torchopt.runtime.found import Found
 from torchopt.runtime.kernels import Kernel
 

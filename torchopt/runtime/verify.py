@@ -12,18 +12,18 @@ import onnxruntime
 import torch
 from torch import nn
 
-from torchopt.alone import alone
-from torchopt.batches import Batch, each, model_inputs
 from torchopt.errors import DataError
-from torchopt.export.pack import decode_initializers
-from torchopt.progress import track
+from torchopt.io.progress import track
+from torchopt.network.batches import Batch, each, model_inputs
+from torchopt.network.surgery import evaluating
+from torchopt.network.weights import weights
+from torchopt.pack.pack import decode_initializers
+from torchopt.process.ordinary import alone
 from torchopt.runtime.feed import feed_of_batch
 from torchopt.runtime.inputs import first_line, run
 from torchopt.runtime.layers import layer_differences
 from torchopt.runtime.outputs import Gathered, OutputVerdict, Pair, flat, pairs
 from torchopt.runtime.session import session
-from torchopt.surgery import evaluating
-from torchopt.weights import weights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from torchopt.data import Dataset, epoch_order, generator
 from torchopt.errors import ConfigError, ModelError
-from torchopt.progress import track
-from torchopt.randomness import random_state_kept
+from torchopt.io.progress import track
+from torchopt.process.random_state import random_state_kept
 from torchopt.train.across import across_ranks, mean_over_ranks
 from torchopt.train.config import Distill, Train
 from torchopt.train.evaluate import accuracy

@@ -3,7 +3,7 @@
 //     import { unpack } from "./unpack.mjs";
 //     const session = await ort.InferenceSession.create(unpack(await (await fetch("model.onnx")).arrayBuffer()));
 //
-// A packed weight is a node of domain "torchopt" (torchopt/export/calls.py): its operator names the codec, its inputs are the codes,
+// A packed weight is a node of domain "torchopt" (torchopt/pack/decoder_calls.py): its operator names the codec, its inputs are the codes,
 // the positions and the table. Each is decoded here as torchopt/packing/codec.py does it and becomes an ordinary initializer; the
 // tensors are bit-equal to those of the dense file. A damaged file raises an Error that names the weight, and allocates little.
 // Weights in branches, bodies of loops and functions stay packed, with the functions that decode them: the runtime does it.
@@ -183,7 +183,7 @@ function translated(codes, table, channels) {
   return out;
 }
 
-/** The symbols of a stream, taken from the front of the tensors, filled up to a multiple of 8 (torchopt/packing/bits.py). */
+/** The symbols of a stream, taken from the front of the tensors, filled up to a multiple of 8 (torchopt/codecs/bits.py). */
 function symbols(tensors, bits) {
   const { type, dims, raw } = tensors.shift();
   if (bits === 8) return raw;

@@ -15,7 +15,7 @@ from torch import nn
 import torchopt
 from networks.stranger import Inputs, Stranger
 from torchopt import Rule
-from torchopt.proof import flat
+from torchopt.network.proof import flat
 
 SLACK = 1.0  # dB below the peer that still counts as its equal
 UNKNOWN = 10.0  # dB that are asked where the peer fails

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from torchopt.export.passes.block_weights import is_plain_gemm
+from torchopt.export.passes.weights.block_weights import is_plain_gemm
 
 
 class DynamicMatMulPass(ir.passes.InPlacePass):

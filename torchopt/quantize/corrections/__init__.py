@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from torchopt.errors import ModelError
-from torchopt.progress import track
-from torchopt.quantize.blocks import FusedBlockLinear
+from torchopt.io.progress import track
+from torchopt.quantize.calibration.batch_slices import Call, kept
 from torchopt.quantize.corrections.adaptive import round_adaptively
 from torchopt.quantize.corrections.bias import correct_bias
 from torchopt.quantize.corrections.columns import LAYERS
@@ -28,8 +28,8 @@ from torchopt.quantize.corrections.equalize import equalize
 from torchopt.quantize.corrections.least_squares import round_by_least_squares
 from torchopt.quantize.corrections.reach import choose_reach
 from torchopt.quantize.corrections.walk import holds_table, rounding, walk
-from torchopt.quantize.modules import LOW_BITS, Fused
-from torchopt.quantize.pieces import Call, kept
+from torchopt.quantize.layers.blocks import FusedBlockLinear
+from torchopt.quantize.layers.modules import LOW_BITS, Fused
 
 SAMPLES = 128  # what corrections learn from; more samples cost memory and change the third digit
 ROUND = {"least_squares": round_by_least_squares, "adaptive": round_adaptively}

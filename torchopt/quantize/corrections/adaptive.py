@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from torchopt.network.surgery import batch_norm_affine
 from torchopt.quantize.corrections.columns import Columns, columns
 from torchopt.quantize.corrections.reach import hold
 from torchopt.quantize.corrections.walk import Visit
-from torchopt.quantize.modules import Fused
-from torchopt.quantize.weight_grid import along
-from torchopt.surgery import batch_norm_affine
+from torchopt.quantize.layers.modules import Fused
+from torchopt.quantize.layers.weight_grid import along
 
 POSITIONS = 8192  # sampled a layer
 BATCH = 512  # positions a step; a fourth of it where each channel has its own few weights (depthwise)

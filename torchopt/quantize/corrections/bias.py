@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import torch
 
+from torchopt.quantize.calibration.folding import folded_once
 from torchopt.quantize.corrections.walk import Visit
-from torchopt.quantize.folding import folded_once
 
 MOST = 1 << 15  # positions that a layer's means are taken over
 ROUNDS = 5  # each takes away most of what the activation's bend and the errors beyond the limit left

@@ -15,8 +15,8 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
-from torchopt.quantize.layers import FusedConv1d, FusedConv2d, FusedConv3d, FusedLinear
-from torchopt.quantize.modules import Fused
+from torchopt.quantize.layers.float_layers import FusedConv1d, FusedConv2d, FusedConv3d, FusedLinear
+from torchopt.quantize.layers.modules import Fused
 
 LAYERS = (FusedLinear, FusedConv1d, FusedConv2d, FusedConv3d)
 

@@ -28,18 +28,18 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from torchopt.errors import DataError, ModelError
-from torchopt.proof import TOLERANCE, Run, difference, run
-from torchopt.quantize.activations import ActivationQuantizer
-from torchopt.quantize.agreement import largest_part
+from torchopt.network.proof import TOLERANCE, Run, difference, run
+from torchopt.network.surgery import module_of
+from torchopt.network.weights import Weight
+from torchopt.quantize.calibration.agreement import largest_part
+from torchopt.quantize.calibration.batch_slices import Call, spread
+from torchopt.quantize.calibration.folding import folded_once
+from torchopt.quantize.calibration.proving import as_float
 from torchopt.quantize.corrections.walk import holds_table, ordered, rounding
-from torchopt.quantize.folding import folded_once
-from torchopt.quantize.fuse import ends_of
-from torchopt.quantize.kernels import IntegerKernel
-from torchopt.quantize.modules import Fused
-from torchopt.quantize.pieces import Call, spread
-from torchopt.quantize.proving import as_float
-from torchopt.surgery import module_of
-from torchopt.weights import Weight
+from torchopt.quantize.graph.fuse import ends_of
+from torchopt.quantize.layers.activations import ActivationQuantizer
+from torchopt.quantize.layers.kernels import IntegerKernel
+from torchopt.quantize.layers.modules import Fused
 
 KEEP_MODULES = (
     ActivationQuantizer, nn.Dropout, nn.Dropout2d, nn.Identity, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten,

@@ -16,7 +16,7 @@ from torchopt.quantize.corrections.adaptive import POSITIONS
 from torchopt.quantize.corrections.columns import gram
 from torchopt.quantize.corrections.reach import hold
 from torchopt.quantize.corrections.walk import Visit
-from torchopt.quantize.weight_grid import along
+from torchopt.quantize.layers.weight_grid import along
 
 DAMPING = 0.01  # λ over the mean of the diagonal (the paper's)
 BLOCK = 32  # weights after which those behind are brought up to date, in one product

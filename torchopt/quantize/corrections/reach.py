@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from torchopt.quantize.modules import Fused
-from torchopt.quantize.weight_grid import along, weight_scale
-from torchopt.weights import Weight
+from torchopt.network.weights import Weight
+from torchopt.quantize.layers.modules import Fused
+from torchopt.quantize.layers.weight_grid import along, weight_scale
 
 FRACTIONS = torch.linspace(0.3, 1.0, 71, dtype=torch.float32)
 

@@ -17,12 +17,12 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from torchopt.errors import ModelError
-from torchopt.quantize.activations import ActivationQuantizer
-from torchopt.quantize.folding import folded_once
-from torchopt.quantize.kernels import IntegerKernel
-from torchopt.quantize.modules import Fused
-from torchopt.quantize.pieces import Call
-from torchopt.surgery import module_of
+from torchopt.network.surgery import module_of
+from torchopt.quantize.calibration.batch_slices import Call
+from torchopt.quantize.calibration.folding import folded_once
+from torchopt.quantize.layers.activations import ActivationQuantizer
+from torchopt.quantize.layers.kernels import IntegerKernel
+from torchopt.quantize.layers.modules import Fused
 
 Env = dict[fx.Node, Any]
 

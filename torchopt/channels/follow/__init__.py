@@ -1,0 +1,1 @@
+"""Following channels through one forward call: every operator that runs hands their identities on."""

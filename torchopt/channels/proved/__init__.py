@@ -1,0 +1,1 @@
+"""The proof that a cut network computes what the whole one computes with those channels at zero."""

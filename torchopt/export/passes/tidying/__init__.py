@@ -1,0 +1,1 @@
+"""Passes that make a file smaller or plainer, and change no number: names, attributes, shapes."""
