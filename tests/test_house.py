@@ -55,7 +55,7 @@ def _dotted(path: Path) -> list[str]:
 @pytest.mark.parametrize("path", [p for p in SOURCES if _room(p) != "__init__"], ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_down(path: Path) -> None:
     room = _room(path)
-    assert room in LEVEL, f"{room} has no level; add it to ROOMS in this test and to the README's map"
+    assert room in LEVEL, f"{room} has no level; add it to ROOMS in this test and to the map in README.md"
     for name in _imports(path):
         parts = name.split(".")
         if parts[0] != "torchopt" or len(parts) < 2 or parts[1] == room:
@@ -88,6 +88,13 @@ def test_one_room_owns_each_engine(library: str, allowed: str) -> None:
         where = path.relative_to(PACKAGE).as_posix()
         uses = any(name == library or name.startswith(library + ".") for name in [*_imports(path), *_dotted(path)])
         assert not uses or re.search(allowed, where), f"{where} uses {library}; only {allowed} may"
+
+
+def test_the_index_of_the_architecture_names_files() -> None:
+    table = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").split("An index by question")[1].split("\n## ")[0]
+    named = re.findall(r"`([a-z_/]+\.py)`", table)
+    assert len(named) >= 20
+    assert [name for name in named if not (PACKAGE / name).is_file()] == []
 
 
 def test_all_names_what_is_there() -> None:

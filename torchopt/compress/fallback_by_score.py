@@ -1,7 +1,8 @@
 """`one_shot(..., evaluate=…)`: integers only as far as the user's own score allows.
 
 The layers with `fallback="auto"` are ordered by what their rounding does to the outputs (`quantize/calibration/sensitivity.py`).
-The most harmful are left float, 1, 2, 4, … of them, until the score is within `max_drop` of the float model's; bisection then finds the fewest.
+The most harmful are left float, 1, 2, 4, … of them, until the score is within `max_drop` of the float model's.
+Bisection then finds the fewest.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 1. outputs equal to 1e-4 of their scale   → proven, integers too: evaluation in torch rounds as the kernels do
 2. a float file further apart             → an error that names the first layer that differs, unless the network itself moves that far
                                              when its numbers move by a millionth
-3. an integer file further apart          → compared rounding by rounding (`rounding_by_rounding.py`), each from the same integers; an
-                                             error names the first that is off by more than 1 step in 0.1 % of its values, or by any number in 1 %
+3. an integer file further apart          → compared rounding by rounding (`rounding_by_rounding.py`), each from the same
+                                             integers; an error names the first that is off by more than 1 step in 0.1 % of its values,
+                                             or by any number in 1 %
 4. an integer file that is right there, and gives other outputs when nobody looks at its roundings
                                           → an error that names the first rounding that ONNX Runtime merges into another
 5. none of these                          → proven: what is left is the rounding of floats between the integers
