@@ -10,11 +10,10 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import torchopt
-from torchopt.cluster import Cluster, SharedWeights, attach, shared_weights, squared_error, table_of, update
+from torchopt.cluster import Cluster, SharedWeights, attach, kmeans, shared_weights, squared_error, table_of, update
 from torchopt.cluster.assign import COUNT, PAYS_FROM, assign_
 from torchopt.cluster.blocks import PER_THREAD, count_by_code, look_up_, sum_by_code
 from torchopt.cluster.soft import soft_table
-from torchopt.cluster.tables import kmeans
 from torchopt.errors import ModelError, StateError
 from torchopt.network.weights import find_weight, weights
 from torchopt.rules import Rule

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 import torchopt
-from torchopt.cluster import Cluster, attach, bake, shared_weights, squared_error, table_of, update
-from torchopt.cluster.tables import kmeans
+from torchopt.cluster import Cluster, attach, bake, kmeans, shared_weights, squared_error, table_of, update
 from torchopt.errors import ConfigError, ModelError, RuleError, StateError
 from torchopt.network.grid import grids
 from torchopt.network.weights import Weight, find_weight, weights
