@@ -43,6 +43,8 @@ from torchopt.quantize import (
     link_kernels,
     open_attentions,
 )
+from torchopt.quantize.observers.own import OwnObserver, refuse_unknown
+from torchopt.quantize.torch_ao import is_observer
 from torchopt.rules import Rule
 from torchopt.state.counter import State, find_state, require_state
 
@@ -142,6 +144,8 @@ def _rebuild(fresh: nn.Module, header: Header, tensors: Mapping[str, torch.Tenso
     if "prepared" in header:
         saved = header["prepared"]
         inputs = None if saved["inputs"] is None else tuple(map(_example, saved["inputs"]))
+        for rule in saved["rules"]:
+            refuse_unknown(rule)
         rules = [build(Rule, rule, ("rules", i)) for i, rule in enumerate(saved["rules"])]
         found = {name: tuple(counts) for name, counts in saved["found"].items()}
         for name, parameter in fresh.named_parameters(remove_duplicate=False) if "frozen" in saved else ():
@@ -253,11 +257,13 @@ def _example(told: Any) -> Any:
 def _plain(value: Any) -> Any:
     """Dataclasses as the mappings that a recipe would hold, fields at their defaults left out."""
     if isinstance(value, type):
-        return value.__name__
+        return OwnObserver(kind=value).named() if is_observer(value) else value.__name__
     if isinstance(value, tuple | list):
         return [_plain(v) for v in value]
     if not dataclasses.is_dataclass(value):
         return value
+    if isinstance(value, OwnObserver):
+        return value.named()
     set_fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if getattr(value, f.name) != f.default}
     name = getattr(type(value), "kind", None)
     kind = {"kind": name} if isinstance(name, str) else {}

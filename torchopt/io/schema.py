@@ -116,7 +116,8 @@ def _one_of(hints: Sequence[Any], value: object, path: Path) -> Any:
     classes = [h for h in hints if dataclasses.is_dataclass(h) and isinstance(h, type)]
     if isinstance(value, Mapping) and classes:
         return build(classes[0] if len(classes) == 1 else _of_kind(classes, value, path), value, path)
-    others = [h for h in hints if h is not type(None) and h not in classes]
+    code = collections.abc.Callable  # no plain value is a function
+    others = [h for h in hints if h is not type(None) and h not in classes and typing.get_origin(h) is not code]
     for hint in sorted(others, key=lambda h: h is str):  # text last: it would take what another type reads better
         try:
             return convert(hint, value, path)

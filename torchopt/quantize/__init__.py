@@ -1,28 +1,27 @@
-"""Quantization: integer grids for weights and activations, for training and after it; the only package that imports torch.ao."""
+"""Quantization: integer grids for weights and activations, for training and after it."""
 
-import warnings
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # torch.ao announces its removal on import; the announcement is known
-    from torchopt.quantize.attach import attach, left_float, settle_scales, unrounded, update
-    from torchopt.quantize.bake import bake
-    from torchopt.quantize.calibration.cache import load_ranges, save_ranges
-    from torchopt.quantize.calibration.calibrate import calibrate, observes, synchronize
-    from torchopt.quantize.calibration.sensitivity import harms
-    from torchopt.quantize.config import Quantize
-    from torchopt.quantize.graph.functional import beside
-    from torchopt.quantize.layers.activations import ActivationQuantizer, FixedQuantize
-    from torchopt.quantize.layers.attention import can_open, open_attentions
-    from torchopt.quantize.layers.dynamic import DynamicLinear
-    from torchopt.quantize.layers.input_rounded import Rounded
-    from torchopt.quantize.layers.kernels import IntegerKernel, link_kernels
-    from torchopt.quantize.layers.read_elsewhere import round_for_readers, stop_rounding
+from torchopt.quantize.attach import attach, left_float, settle_scales, unrounded, update
+from torchopt.quantize.bake import bake
+from torchopt.quantize.calibration.cache import load_ranges, save_ranges
+from torchopt.quantize.calibration.calibrate import calibrate, observes, synchronize
+from torchopt.quantize.calibration.sensitivity import harms
+from torchopt.quantize.config import Quantize
+from torchopt.quantize.graph.functional import beside
+from torchopt.quantize.layers.activations import ActivationQuantizer, FixedQuantize
+from torchopt.quantize.layers.attention import can_open, open_attentions
+from torchopt.quantize.layers.dynamic import DynamicLinear
+from torchopt.quantize.layers.input_rounded import Rounded
+from torchopt.quantize.layers.kernels import IntegerKernel, link_kernels
+from torchopt.quantize.layers.read_elsewhere import round_for_readers, stop_rounding
+from torchopt.quantize.observers.own import ImportedObserver, OwnObserver
 
 __all__ = [
     "ActivationQuantizer",
     "DynamicLinear",
     "FixedQuantize",
+    "ImportedObserver",
     "IntegerKernel",
+    "OwnObserver",
     "Quantize",
     "Rounded",
     "attach",

@@ -8,11 +8,12 @@ float16      weights rounded to half precision
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torchopt.errors import ConfigError, nearest
+from torchopt.quantize.observers.own import ImportedObserver, checked
 
 MODES = ("static", "dynamic", "weight_only", "float16")
 OBSERVERS = ("auto", "minmax", "moving_average", "histogram", "percentile", "mse", "entropy")
@@ -28,7 +29,8 @@ class Quantize:
         weight_bits: 2 … 8; the grid is symmetric, −(2^(b−1)−1) … 2^(b−1)−1.
         activation_bits: 8 or 16.
         observer: how calibration chooses the range of an activation: "auto" (least error at the network's outputs), "minmax",
-            "moving_average", "histogram", "percentile", "mse" or "entropy".
+            "moving_average", "histogram", "percentile", "mse" or "entropy"; or a class of your own with the interface of
+            `torch.ao.quantization`'s observers, bare or by `with_args`. Training follows the data by such a class, too.
         per_channel: one weight scale per output channel, else one per tensor.
         equalize: even out the ranges of the channels between layers before calibration (Nagel et al. 2019, arXiv:1906.04721); layers
             under tables of shared values are left out.
@@ -54,7 +56,7 @@ class Quantize:
     mode: str = "static"
     weight_bits: int = 8
     activation_bits: int = 8
-    observer: str = "auto"
+    observer: str | ImportedObserver | Callable[..., Any] = "auto"
     per_channel: bool = True
     equalize: bool = True
     bias_correction: bool | None = None
@@ -66,7 +68,10 @@ class Quantize:
 
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, MODES)
-        _one_of("observer", self.observer, OBSERVERS)
+        if isinstance(self.observer, str):
+            _one_of("observer", self.observer, OBSERVERS)
+        else:
+            object.__setattr__(self, "observer", checked(self.observer))
         _one_of("rounding", self.rounding, ROUNDINGS)
         _check(
             "weight_bits", self.weight_bits, _is_int(self.weight_bits) and 2 <= self.weight_bits <= 8, "an integer from 2 to 8"

@@ -29,13 +29,16 @@ class Whole(tuple[Any, ...]):
     """The positional arguments of a call that is not to be cut."""
 
 
-def in_pieces(model: nn.Module, calls: Iterable[Call], lengths: Sequence[int | None] = ()) -> Iterator[list[Call]]:
+def in_pieces(
+    model: nn.Module, calls: Iterable[Call], lengths: Sequence[int | None] = (), *, whole: bool = False
+) -> Iterator[list[Call]]:
     """Yield each call as the pieces that together are it.
 
     Args:
         model: in evaluation mode.
         calls: its arguments; only those on a CPU are cut.
         lengths: of the example inputs along the first axis, as far as they are known.
+        whole: cut none, because something counts batches.
 
     Example:
         >>> [[len(args[0]) for args, _ in call] for call in in_pieces(nn.ReLU(), [((torch.zeros(6, 2),), {})])]
@@ -51,7 +54,7 @@ def in_pieces(model: nn.Module, calls: Iterable[Call], lengths: Sequence[int | N
         if not (alone and _agrees(call, lengths)):
             yield [(Whole(call[0]), call[1])]
             continue
-        if not here:
+        if whole or not here:
             yield [call]
             continue
         size = samples_of(call)

@@ -69,7 +69,9 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], *, origin: nn.Module |
     training = model.training
     model.eval()
     try:
-        calls, samples = ahead(model, _proven(origin, model, in_pieces(model, _calls(model, batches), _lengths(model))))
+        whole = any(quantizer.observer.whole for quantizer in quantizers.values())
+        pieces = in_pieces(model, _calls(model, batches), _lengths(model), whole=whole)
+        calls, samples = ahead(model, _proven(origin, model, pieces))
         if _observe(model, list(quantizers.values()), track(calls, "calibrate", enabled=progress)) == 0:
             raise DataError("calibrate: the loader gave no batch; give at least one")
         for name, quantizer in quantizers.items():

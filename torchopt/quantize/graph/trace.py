@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch._subclasses import FakeTensorMode
-from torch.ao.quantization.fx.tracer import QuantizationTracer
 from torch.fx.proxy import Attribute
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -74,11 +73,12 @@ class SeenAttribute(Attribute):
     __getattr__ = Seen.__getattr__  # type: ignore[assignment]
 
 
-class Tracer(QuantizationTracer):
-    """torch.ao's tracer, which remembers where it is and what shapes the values have."""
+class Tracer(fx.Tracer):
+    """torch.fx's tracer, which remembers where it is and what shapes the values have."""
 
     def __init__(self, leaves: list[str], example_inputs: tuple[Any, ...]) -> None:
-        super().__init__(leaves, [])
+        super().__init__()
+        self.leaves = leaves
         self.thread = (
             threading.get_ident()
         )  # torch.fx replaces the call of every module, in all threads; the others are not traced
@@ -89,7 +89,9 @@ class Tracer(QuantizationTracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """True for torch's own layers and what computes as one, for what cannot be followed, and for what only regularizes."""
-        if isinstance(m, OPEN) and module_qualified_name not in self.skipped_module_names:
+        if module_qualified_name in self.leaves:
+            return True
+        if isinstance(m, OPEN):
             return False
         return regularizes(m) or layer_class(m) is not None or bool(super().is_leaf_module(m, module_qualified_name))
 

@@ -11,14 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.ao.quantization.fx._decomposed  # registers the quantized_decomposed operators that torch.export traces
 from torch import nn
-from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 
 from torchopt.errors import DataError, StateError
 from torchopt.quantize.layers.kernels import Affine
 from torchopt.quantize.layers.rounding import fake_quantize, in_memory_order
 from torchopt.quantize.observers import make
+from torchopt.quantize.torch_ao import FakeQuantizeBase
 
 TRAINING_MOMENTUM = 0.01  # torch.ao's averaging constant: ranges follow about the last hundred steps
 APART = 0.01  # of the scale: averages of ends and scale drift apart by their roundings, and no further
@@ -57,11 +56,11 @@ class ActivationQuantizer(FakeQuantizeBase):
         quant_min: the smallest integer.
         quant_max: the largest.
         symmetric: zero in the middle of the grid.
-        observer: the class that calibration uses, by its `Quantize.observer` name.
+        observer: what calibration uses, as `Quantize.observer` holds it.
         fixed_range: (low, high) known beforehand, such as (0, 1) after a sigmoid; then nothing is observed.
 
-    In training mode it follows the data by a moving average while `observer_enabled`, and rounds while `fake_quant_enabled`; in
-    evaluation it rounds on the range it has. Before it has seen any data it lets the activation pass.
+    In training mode it follows the data while `observer_enabled`, by a moving average or by the user's own observer, and rounds while
+    `fake_quant_enabled`; in evaluation it rounds on the range it has. Before it has seen any data it lets the activation pass.
     """
 
     min_val: torch.Tensor
@@ -77,7 +76,7 @@ class ActivationQuantizer(FakeQuantizeBase):
         quant_min: int = 0,
         quant_max: int = 255,
         symmetric: bool = False,
-        observer: str = "moving_average",
+        observer: Any = "moving_average",
         fixed_range: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
@@ -189,7 +188,7 @@ class ActivationQuantizer(FakeQuantizeBase):
             )
         x = x.float()  # grids are float32, also under autocast
         if self.calibrating:
-            self.observer.observe(in_memory_order(x.detach()))
+            self.observer.observe(x.detach() if self.observer.whole else in_memory_order(x.detach()))
             return x
         if self._follows():
             return self._follow(x)
@@ -207,6 +206,10 @@ class ActivationQuantizer(FakeQuantizeBase):
     def _follow(self, x: torch.Tensor) -> torch.Tensor:
         """One training step of the range, and the rounding on it."""
         self.ready = True
+        if self.observer.whole:
+            self.observer.observe(x.detach())
+            self.set_range(*self.observer.range())
+            return fake_quantize(x, self.scale.detach(), self.zero_point, self.quant_min, self.quant_max) if self.rounding else x
         low, high = torch.aminmax(in_memory_order(x.detach()))
         if self.widening:
             self.min_val.copy_(torch.minimum(self.min_val, low))
@@ -280,9 +283,9 @@ class FixedQuantize(nn.Module):
         if torch.onnx.is_in_onnx_export():
             return self._onnx(x)
         if torch.compiler.is_exporting():
-            scale, zero, q = float(self.scale), int(self.zero_point), torch.ops.quantized_decomposed
-            codes = q.quantize_per_tensor(x, scale, zero, self.qmin, self.qmax, self.zero_point.dtype)
-            return q.dequantize_per_tensor(codes, scale, zero, self.qmin, self.qmax, self.zero_point.dtype)
+            grid = self.scale, self.zero_point, self.qmin, self.qmax, self.zero_point.dtype
+            codes = torch.ops.quantized_decomposed.quantize_per_tensor.tensor(x, *grid)
+            return torch.ops.quantized_decomposed.dequantize_per_tensor.tensor(codes, *grid)
         return fake_quantize(x, self.scale, self.zero_point.to(torch.int32), self.qmin, self.qmax)
 
     def affine(self) -> Affine | None:

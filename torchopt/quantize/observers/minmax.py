@@ -17,6 +17,8 @@ MOMENTUM = 0.1  # weight of the newest calibration batch; about the last ten bat
 class Observer(nn.Module):
     """Remembers a tensor's distribution; `observe` each piece of a batch, `end_batch` after the last, in the end ask `range`."""
 
+    whole = False  # True where a batch is one call, in the order of its axes
+
     def observe(self, x: torch.Tensor) -> None:
         """Take in a batch or a piece of one, a float tensor of any shape."""
         raise NotImplementedError
