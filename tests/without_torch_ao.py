@@ -1,7 +1,7 @@
 """torch as it will be when `torch.ao` is gone: importing this module takes it away, and what it has registered.
 
 `scripts/test --without-torch-ao` runs the tests so; a subprocess imports it first. Libraries of today that lean on `torch.ao` are loaded
-before: those of that day will not.
+before the tests: those of that day will not.
 """
 
 import contextlib
@@ -9,7 +9,10 @@ import importlib.abc
 import sys
 
 import torch
-import torch._inductor.lowering
+
+if "pytest" in sys.modules:  # the tests meet them
+    import torch._inductor.lowering
+    import torchvision  # noqa: F401
 
 
 class Gone(importlib.abc.MetaPathFinder):

@@ -1,23 +1,28 @@
-"""torchopt: prune, cluster and quantize PyTorch models, and export one small ONNX file that ONNX Runtime runs fast."""
+"""torchopt: prune, cluster and quantize PyTorch models, and export one small ONNX file that ONNX Runtime runs fast.
 
-from torchopt.io.importing import unnoticed
+What is named here is imported when it is asked for (`io/lazy.py`), so that `import torchopt` and the command line's help load no torch.
+"""
 
-with unnoticed():
+from typing import TYPE_CHECKING
+
+from torchopt.errors import (
+    ConfigError,
+    DataError,
+    FileError,
+    ModelError,
+    RuleError,
+    StateError,
+    TargetError,
+    TorchoptError,
+)
+from torchopt.io.lazy import lazy
+
+if TYPE_CHECKING:
     from torchopt.cluster import Cluster
     from torchopt.compress.checkpoint import load, save
     from torchopt.compress.one_shot import one_shot
     from torchopt.compress.shrink import shrink
     from torchopt.compress.verbs import calibrate, finalize, prepare, step
-    from torchopt.errors import (
-        ConfigError,
-        DataError,
-        FileError,
-        ModelError,
-        RuleError,
-        StateError,
-        TargetError,
-        TorchoptError,
-    )
     from torchopt.export import ExportResult, PackReport, export, unpack
     from torchopt.network.batch_norm import reestimate_batch_norm
     from torchopt.onnx_to_onnx import CompressedFile, Likeness, compress_onnx
@@ -28,6 +33,27 @@ with unnoticed():
     from torchopt.rules import Rule
     from torchopt.runtime import Placement, Timing, Verdict, benchmark, inspect, verify
     from torchopt.state.moving_average import ema_multi_avg_fn
+
+lazy(
+    __name__,
+    {
+        "torchopt.cluster": ("Cluster",),
+        "torchopt.compress.checkpoint": ("load", "save"),
+        "torchopt.compress.one_shot": ("one_shot",),
+        "torchopt.compress.shrink": ("shrink",),
+        "torchopt.compress.verbs": ("calibrate", "finalize", "prepare", "step"),
+        "torchopt.export": ("ExportResult", "PackReport", "export", "unpack"),
+        "torchopt.network.batch_norm": ("reestimate_batch_norm",),
+        "torchopt.onnx_to_onnx": ("CompressedFile", "Likeness", "compress_onnx"),
+        "torchopt.pack": ("pack",),
+        "torchopt.prune": ("ConstantSparsity", "CosineDecay", "MultiStep", "PolynomialDecay", "Prune"),
+        "torchopt.quantize": ("Quantize", "load_ranges", "save_ranges"),
+        "torchopt.report": ("Report", "report"),
+        "torchopt.rules": ("Rule",),
+        "torchopt.runtime": ("Placement", "Timing", "Verdict", "benchmark", "inspect", "verify"),
+        "torchopt.state.moving_average": ("ema_multi_avg_fn",),
+    },
+)
 
 __version__ = "0.1.0"
 

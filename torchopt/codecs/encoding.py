@@ -23,6 +23,7 @@ from torchopt.codecs.bits import CHUNK, from_parts, histogram, stream_bytes, tra
 from torchopt.codecs.planes import Plane, merged, planes_bytes
 from torchopt.codecs.positions import from_gaps
 
+DOMAIN = "torchopt"  # of the functions in a packed file that decode; rooms that only look at files know them by it
 CONSTANT_AT_MOST = 1 << 20  # bytes of a constant tensor kept as one value: a small file never claims a huge tensor
 
 

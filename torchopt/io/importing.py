@@ -19,8 +19,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-
 from torchopt.errors import ConfigError, ModelError, TorchoptError, nearest
 
 PACKAGE = str(Path(__file__).parents[1]) + os.sep
@@ -61,7 +59,9 @@ def load_callable(spec: str, *, where: str) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def unnoticed() -> Iterator[None]:
-    """Let imports leave Python's and numpy's random numbers and the list of warning filters as they were; some libraries change them.
+    """Let imports leave random numbers and the list of warning filters as they were; some libraries change them.
+
+    The numbers are Python's, and numpy's and torch's where these are loaded.
 
     Example:
         >>> import random
@@ -71,13 +71,19 @@ def unnoticed() -> Iterator[None]:
         >>> random.getstate() == before
         True
     """
-    python, array = random.getstate(), np.random.get_state()
+    python = random.getstate()
+    numpy, torch = (sys.modules.get(name) for name in ("numpy", "torch"))
+    array = numpy.random.get_state() if hasattr(numpy, "random") else None  # type: ignore[union-attr]
+    tensor = torch.get_rng_state() if hasattr(torch, "get_rng_state") else None  # type: ignore[union-attr]
     with warnings.catch_warnings():
         try:
             yield
         finally:
             random.setstate(python)
-            np.random.set_state(array)
+            if array is not None:
+                numpy.random.set_state(array)  # type: ignore[union-attr]
+            if tensor is not None:
+                torch.set_rng_state(tensor)  # type: ignore[union-attr]
 
 
 @contextlib.contextmanager

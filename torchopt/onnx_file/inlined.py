@@ -12,8 +12,8 @@ import onnx
 import onnx_ir as ir
 from onnxruntime.capi import onnxruntime_pybind11_state as runtime
 
+from torchopt.codecs.encoding import DOMAIN
 from torchopt.onnx_file.view import STANDARD, View
-from torchopt.pack.decoders import DOMAIN
 
 LATEST = 2**31 - 1  # the end of a kernel's versions where none is known: such a kernel takes the version that it starts with
 

@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from torchopt.pack.decoders import DOMAIN
+from torchopt.codecs.encoding import DOMAIN
 
 STANDARD = {"", "ai.onnx"}
 RUNTIMES = {

@@ -20,10 +20,11 @@ import numpy as np
 import onnx_ir as ir
 
 from torchopt.codecs import Encoding, from_pairs, from_parts, in_pairs, padded, to_parts
+from torchopt.codecs.encoding import DOMAIN
 from torchopt.onnx_file.tensors import bytes_of
 from torchopt.onnx_file.view import Constant, View, constant_of
 from torchopt.pack.decoder_parts import FOUR_BITS, filled, in_two
-from torchopt.pack.decoders import DOMAIN, function_name, functions
+from torchopt.pack.decoders import function_name, functions
 
 
 class Names:

@@ -26,9 +26,9 @@ import onnx_ir as ir
 from onnx import parser
 
 from torchopt.codecs import Encoding
+from torchopt.codecs.encoding import DOMAIN
 from torchopt.pack.decoder_parts import ADDS_AT_PLACES, CUT, FOUR_BITS, block, filled, inputs, symbols
 
-DOMAIN = "torchopt"
 _SIZES: dict[tuple[str, int], dict[str, int]] = {}  # bytes of the functions of a kind, by the kind's name and the opset
 
 _SIZE = """

@@ -19,6 +19,7 @@ import onnx
 import onnx_ir as ir
 
 from torchopt.codecs import decode, entropy_bytes
+from torchopt.codecs.encoding import DOMAIN
 from torchopt.errors import FileError, ModelError
 from torchopt.onnx_file.inlined import written_out
 from torchopt.onnx_file.older import newer
@@ -29,7 +30,6 @@ from torchopt.onnx_file.view import Scope, View, scopes_of
 from torchopt.pack.choose import chosen, tensor_of, values_of
 from torchopt.pack.decoded import weight_values
 from torchopt.pack.decoder_calls import Call, Names, read_encoding, replace
-from torchopt.pack.decoders import DOMAIN
 from torchopt.pack.dense_form import ADDED, NODE, VERSION, ordered, recalled, remember, remember_order
 from torchopt.pack.packable import opset_of, packable
 from torchopt.pack.proof import prove

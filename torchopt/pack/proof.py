@@ -19,10 +19,10 @@ import onnx_ir as ir
 import onnxruntime
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from torchopt.codecs.encoding import DOMAIN
 from torchopt.errors import ModelError
 from torchopt.onnx_file.read import beside
 from torchopt.onnx_file.sparse import densify, densify_nodes
-from torchopt.pack.decoders import DOMAIN
 
 AT_ONCE = 1 << 24  # bytes of dense tensors that are decoded in one session
 

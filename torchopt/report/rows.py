@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -25,10 +23,15 @@ from torchopt.compress.verbs import finalize
 from torchopt.errors import StateError
 from torchopt.export.passes.weights.block_weights import two_a_byte
 from torchopt.export.passes.weights.half_weights import held
+from torchopt.io.importing import unnoticed
 from torchopt.network.grid import Grid, grids
 from torchopt.network.weights import Skipped, Weight, custom_weights, is_pruned, noted, weights
 from torchopt.report.stored import stored
 from torchopt.state.counter import find_state, require_state
+
+with unnoticed():
+    from rich.console import Console
+    from rich.table import Table
 
 FEW_ZEROS = 0.05  # share of zeros up to which nobody pruned
 

@@ -21,8 +21,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+
+from torchopt.io.importing import unnoticed
+
+with unnoticed():
+    from rich.console import Console
+    from rich.table import Table
 
 RunReport = dict[str, Any]
 FEW = 64  # distinct values that a picture can still show one by one

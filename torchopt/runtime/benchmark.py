@@ -18,13 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime
-from rich.console import Console
-from rich.table import Table
 
 from torchopt.errors import ConfigError, FileError
+from torchopt.io.importing import unnoticed
 from torchopt.io.progress import track
 from torchopt.runtime.inputs import Asked, Feed, call, check_names, feed_of, foreign, run, shape_of
 from torchopt.runtime.session import session
+
+with unnoticed():
+    from rich.console import Console
+    from rich.table import Table
 
 STATM = Path("/proc/self/statm")  # a process's memory, on Linux
 BURST_SECONDS = 0.02  # long against the clock, short against a disturbance

@@ -43,7 +43,7 @@ class InputShape:
     dtype: str | None = None
 
 
-Asked = Mapping[str, "InputShape | Sequence[int] | np.ndarray"]
+Asked = Mapping[str, InputShape | Sequence[int] | np.ndarray]
 
 
 def parse_inputs(texts: Sequence[str]) -> dict[str, InputShape]:

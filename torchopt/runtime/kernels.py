@@ -19,9 +19,9 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
+from torchopt.codecs.encoding import DOMAIN
 from torchopt.errors import FileError
 from torchopt.onnx_file.view import WEIGHTS, View
-from torchopt.pack.decoders import DOMAIN
 from torchopt.runtime.session import session
 
 INTEGER = {

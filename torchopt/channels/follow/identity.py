@@ -18,8 +18,12 @@ from dataclasses import dataclass, field
 from typing import TypeGuard
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+
+from torchopt.io.importing import unnoticed
+
+with unnoticed():
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
 Ids = np.ndarray  # int64, one number for each index of an axis
 Axes = list[Ids | None]  # one entry a dimension; None: no channels run along it, and its length is not ours to change

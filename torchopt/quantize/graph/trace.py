@@ -79,6 +79,7 @@ class Tracer(fx.Tracer):
     def __init__(self, leaves: list[str], example_inputs: tuple[Any, ...]) -> None:
         super().__init__()
         self.leaves = leaves
+        self.record_stack_traces = True  # an error names the line
         self.thread = (
             threading.get_ident()
         )  # torch.fx replaces the call of every module, in all threads; the others are not traced
