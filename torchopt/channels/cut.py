@@ -51,8 +51,10 @@ def cut(model: nn.Module, removed: Removed) -> nn.Module:
     for name, module in small.named_modules():
         if name in own:
             prune_module(module, own[name])
-            for buffer in {parameter for parameter, _ in own[name]} & module._non_persistent_buffers_set:
-                module._non_persistent_buffers_set.discard(buffer)  # a freshly built network would hold the wider one
+            for buffer in {tensor for tensor, _ in own[name]} & {n for n, _ in module.named_buffers(recurse=False)}:
+                module.register_buffer(
+                    buffer, module.get_buffer(buffer)
+                )  # persistent: a freshly built network would hold the wider one
     trained = dict(model.named_parameters())
     for first, names in places.items():
         tensor = _get(small, first)

@@ -107,5 +107,4 @@ def _resize(module: nn.Module, tensor: str, shape: list[int], name: str) -> None
     if tensor in module._parameters:
         module._parameters[tensor] = nn.Parameter(new, requires_grad=old.requires_grad)
     else:
-        module._buffers[tensor] = new
-        module._non_persistent_buffers_set.discard(tensor)  # the state that follows holds it
+        module.register_buffer(tensor, new)  # persistent: the state that follows holds it

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from torchopt.errors import FileError
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it to disk and rename it over `path`, else delete it.
+
+    The file may be read by whom the umask says, or by whom the file before it was read, whatever the library that writes it thinks.
 
     Args:
         path: the destination file; its folder must exist.
@@ -37,7 +40,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
+        mode = _mode(target, temporary)
         yield temporary
+        if stat.S_IMODE(temporary.stat().st_mode) != mode:
+            temporary.chmod(mode)
         _flush(temporary)
         os.replace(temporary, target)
     except OSError as error:
@@ -77,6 +83,16 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _mode(target: Path, probe: Path) -> int:
+    """The permissions of the file that is there, else those that a new one gets beside it: the umask is not read without being set."""
+    with contextlib.suppress(FileNotFoundError):
+        return stat.S_IMODE(target.stat().st_mode)
+    with open(probe, "xb") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    probe.unlink()
+    return mode
 
 
 def _flush(path: Path) -> None:

@@ -149,7 +149,7 @@ class View:
         self._functions = model.functions
         self.scopes = list(scopes_of(model))
         self.nodes = [(scope, node) for scope in self.scopes for node in scope.body]
-        self._handed = self._parameters()
+        self._handed = self._values_handed_in()
         self.constants = [constant for scope in self.scopes for constant in self._constants(scope)]
         self._known = {id(constant.value): constant for constant in self.constants}
         self.layers = list(self._layers())
@@ -186,7 +186,7 @@ class View:
                     waiting.append(function.inputs[index])
         return found
 
-    def _parameters(self) -> dict[int, list[ir.Value | None]]:
+    def _values_handed_in(self) -> dict[int, list[ir.Value | None]]:
         """What the calls of a function hand to each of its parameters, by the parameter's identity."""
         handed: dict[int, list[ir.Value | None]] = {}
         for _, node in self.nodes:
