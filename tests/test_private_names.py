@@ -9,7 +9,9 @@ import numpy as np
 import onnxruntime
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "torchopt"
@@ -20,7 +22,8 @@ OTHERS = [torch.zeros(1), torch.zeros(1).untyped_storage(), GRAPH, GRAPH.graph, 
 LIBRARIES = [torch, torch._C, torch.ops.aten, parametrize, onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32))]
 OF_MODULES = {name for holder in [*MODULES, GRAPH] for name in dir(holder)}
 THEIRS = OF_MODULES | {name for holder in [*OTHERS, *LIBRARIES] for name in dir(holder)}
-OF_OBJECTS = {"_tied_weights_keys", "_local_tensor", "_handle"}  # of transformers' models, of Parameters of FSDP2 and of FSDP1
+# of transformers' models, of Parameters of FSDP2 and of FSDP1, of what torch.onnx.export returns
+OF_OBJECTS = {"_tied_weights_keys", "_local_tensor", "_handle", "_capture_strategy"}
 DOCUMENTED = {"_tensor_name"}  # by torch.nn.utils.prune, for subclasses
 
 
@@ -98,3 +101,22 @@ def test_the_libraries_have_them():
                         seen |= whole
                         assert hasattr(importlib.import_module(str(node.module)), alias.name), f"{node.module}.{alias.name}"
     assert sorted(names - seen - THEIRS - set(dir(torch._C)) - {"_decomposed"}) == []
+
+
+class Arriving(TorchDispatchMode):
+    """Notes the names of operators as `torchopt.channels` sees them."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names = {*getattr(self, "names", ()), func._schema.name.split("::")[-1]}
+        return func(*args, **(kwargs or {}))
+
+
+def test_operators_arrive_by_the_names_that_are_known():
+    x, ways = torch.randn(2, 4, 3), torch.eye(4, dtype=torch.bool)
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    with Arriving() as seen, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        x.softmax(1), x.log_softmax(1), x.double(), x @ torch.randn(3, 3), normed(x), nn.PReLU()(x)
+        nn.EmbeddingBag(5, 3)(torch.zeros(2, 2, dtype=torch.int64))
+        nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=ways)
+    row = next(names for names, _, _ in table() if "_softmax" in names)
+    assert sorted(set(row) - seen.names) == []

@@ -66,6 +66,11 @@ def to_onnx(model: nn.Module, example_inputs: tuple[Any, ...], *, opset: int, dy
         raise ModelError(_sentence(type(model).__name__, error)) from error
     if program is None:
         raise ModelError(f"export: {type(model).__name__} cannot be exported to ONNX: the exporter returned nothing")
+    if "Draft" in (getattr(program, "_capture_strategy", None) or ""):
+        raise ModelError(
+            f"export: {type(model).__name__} cannot be exported to ONNX: its forward depends on data, and this torch would write the one "
+            "way that the example takes; use torch.where or torch.cond, or a newer torch"
+        )
     if dynamic_batch:
         _check_batch(type(model).__name__, program.model.graph)
     type_codes(program.model.graph)

@@ -38,9 +38,9 @@ OTHERS = {"all", "any", "argmax", "argmin", "cumprod", "cumsum", "logcumsumexp",
 BATCH_NORMS = TRAINED_NORMS | {"_native_batch_norm_legit_no_training"}
 SPATIAL = re.compile(r"(?:pool|upsample|pad|grid_sampler)\w*?(\d)d")
 CONSTANTS = re.compile(r"new_\w+|_local_scalar_dense|equal|is_nonzero")
-POINTWISE = {  # beyond those that torch itself marks so
-    "_prelu_kernel", "_to_copy", "as_strided", "bernoulli", "copy", "empty_like", "fill", "full_like", "hardswish", "native_dropout",
-    "ones_like", "rand_like", "randn_like", "zero", "zeros_like",
+POINTWISE = {  # beyond those that torch itself marks so; it came late to those that write in place
+    "_prelu_kernel", "_to_copy", "as_strided", "bernoulli", "celu", "copy", "elu", "empty_like", "fill", "full_like", "hardsigmoid",
+    "hardswish", "hardtanh", "leaky_relu", "native_dropout", "ones_like", "rand_like", "randn_like", "selu", "zero", "zeros_like",
 }  # fmt: skip
 
 
