@@ -10,7 +10,7 @@ def test_as_many_values_left_as_clusters_and_a_zero_beside_them() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(32, 1))  # half of 32 weights stay: 16 values, and the zero is a seventeenth
     rule = Rule("*", prune=Prune(schedule=ConstantSparsity(target_sparsity=0.5)), cluster=Cluster(n_clusters=16))
-    weight = one_shot(net, [rule], [torch.randn(8, 32)], progress=False)[0].weight
+    weight = one_shot(net, [rule], progress=False)[0].weight
     assert int((weight == 0).sum()) == 16
     assert len(weight.unique()) == 16
     kept = weight != 0

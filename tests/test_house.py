@@ -18,7 +18,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = [
     {"errors", "io", "codecs", "web"},
     {"process", "fast", "network", "state"},
-    {"channels"},
+    {"channels", "solver"},
     {"prune", "cluster", "quantize"},
     {"onnx_file", "pack", "export", "runtime"},
     {"rules", "compress", "onnx_to_onnx"},

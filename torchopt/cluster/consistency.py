@@ -28,6 +28,8 @@ def damaged(model: nn.Module) -> str | None:
 def stale(model: nn.Module) -> str | None:
     """Say which codes of `model` are those of other weights: their error is well above the one of the nearest codes; else None."""
     for weight, shared in {id(shared): (weight, shared) for weight, shared in shared_weights(model) if not shared.soft}.values():
+        if shared.scales is not None:
+            continue  # codes and scales were found together, and no step follows
         mask, value = weight.module._buffers.get(f"{weight.param}_mask"), weight.trainable.detach()
         value = shared.grouped(value if mask is None else value * mask).float()
         table = shared.values().detach()

@@ -57,6 +57,7 @@ class SharedWeights(nn.Module):
         soft = torch.tensor(config.soft_until, device=table.device) if config.soft_until else None
         self.register_buffer("softness", soft)  # steps left, a whole number: averages leave it alone
         self.rendered: tuple[Tensor, Any, Tensor] | None = None  # ŵ, which codes it is of, which table
+        self.scales: Tensor | None = None  # of the weight's rank: ŵ = scale of the channel · T[c], where `hold` was given them
         self.evaluations = 0  # tables that gradients were asked for since the last step
 
     @property
@@ -133,6 +134,21 @@ class SharedWeights(nn.Module):
         self.seal.copy_(seal(self.codes))
 
     @torch.no_grad()
+    def hold(self, table: Tensor, codes: Tensor, scales: Tensor | None = None) -> None:
+        """Take a table and codes that were found elsewhere, with a scale for each channel or without, in place; nothing trains after it.
+
+        Args:
+            table: (groups, k).
+            codes: of the weight's shape.
+            scales: of the weight's rank, or None.
+        """
+        self.table.copy_(table)
+        self.codes.copy_(self.grouped(codes))
+        self.seal.copy_(seal(self.codes))
+        self.scales, self.rendered = scales, None
+        self.recount()
+
+    @torch.no_grad()
     def recount(self) -> None:
         """Count the members of each entry."""
         self.members.copy_(self.member_counts())
@@ -161,6 +177,8 @@ class SharedWeights(nn.Module):
             else:
                 buffer = self._buffer(table)
                 render_(buffer.view(1, -1), table, self.codes)
+            if self.scales is not None:
+                buffer.mul_(self.scales)
             self.rendered = (buffer, self._codes_now(), table.clone())
             self.evaluations += self.training
         return buffer

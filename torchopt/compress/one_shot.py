@@ -13,6 +13,7 @@ from torch import nn
 from torchopt import cluster as clustering
 from torchopt import prune as pruning
 from torchopt import quantize as quantization
+from torchopt.compress.compensate import compensate, held_weights
 from torchopt.compress.fallback_by_score import Evaluate, accurate
 from torchopt.compress.refusals import refuse_model
 from torchopt.compress.verbs import calibrate, finalize, prepare
@@ -24,9 +25,11 @@ from torchopt.network.gradients import Gradients, Loss, sample_gradients
 from torchopt.network.standard_layers import known
 from torchopt.network.weights import find_weight
 from torchopt.process.ordinary import alone
+from torchopt.quantize.calibration.batch_slices import Call, in_pieces, kept
 from torchopt.rules import Rule, assign
 from torchopt.state.counter import require_state
 
+SAMPLES = 128  # that the solver learns from
 UNSEEN = 0.01  # of the mean importance, added to each weight's: the samples are few, and what they did not touch counts too
 
 
@@ -106,13 +109,16 @@ def _ready(
 ) -> nn.Module:
     """The prepared model with its masks at their final sparsity, its tables fitted and its ranges known."""
     ready = prepare(plain, [_evenly(rule) for rule in rules], example_inputs, target=target)
-    again = bool(asked) or pruning.observes(ready) or reestimate  # then the batches are read more than once
+    held = held_weights(ready, [name for name, fisher in asked.items() if fisher]) if batches is not None else []
+    again = bool(asked or held) or pruning.observes(ready) or reestimate  # then the batches are read more than once
     batches = list(batches) if batches is not None and again else batches
     if batches is not None and pruning.observes(ready):
         _run(ready, batches)
     masses = _gathered(plain, ready, asked, batches, loss, progress=progress) if batches is not None and asked else {}
     if pruning.finish(ready) or masses:
         clustering.refit(ready, masses)
+    if batches is not None and held:
+        compensate(ready, held, _samples(ready, batches), origin=plain, progress=progress)
     if batches is not None and reestimate:
         reestimate_batch_norm(ready, batches)
     if batches is not None and quantization.observes(ready):
@@ -169,6 +175,12 @@ def _gathered(
                 square = gradient.float().square()
                 squares[names[name]] = squares[names[name]].add_(square) if names[name] in squares else square
     return {name: square + UNSEEN * square.mean() for name, square in squares.items() if bool(square.any())}
+
+
+def _samples(model: nn.Module, batches: Iterable[Batch]) -> list[Call]:
+    """The first calls, in pieces, that the solver learns from."""
+    calls = (model_inputs(model, batch) for batch in batches)
+    return kept((piece for pieces in in_pieces(model, calls) for piece in pieces), SAMPLES)
 
 
 @torch.no_grad()

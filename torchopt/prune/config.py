@@ -18,7 +18,7 @@ from torchopt.prune.schedule import ConstantSparsity, Schedule, check_sparsity
 PATTERNS = ("element", "block", "n:m", "channel")
 POOLINGS = ("AVG", "MAX")
 SCOPES = ("layer", "global", "coupled")
-SCORES = ("magnitude", "taylor", "movement", "wanda", "random")
+SCORES = ("magnitude", "taylor", "movement", "wanda", "hessian", "random")
 RUNTIMES = ("ort-x86", "ort-x86-avx2", "ort-arm", "ort-web")  # where element zeros run no faster than other weights
 
 
@@ -40,7 +40,8 @@ class Prune:
             `shrink(model, inputs, masked=True)` removes exactly the masked channels. It needs `example_inputs`.
         min_keep: with "global", the fraction of each tensor that survives at least.
         score: "magnitude" |w|; "taylor" Σ|w·∂L/∂w| and "movement" -Σ w·∂L/∂w over the steps so far, or the samples given to
-            `one_shot`; "wanda" |w|·‖x‖ with x the layer's inputs seen so far; "random".
+            `one_shot`; "wanda" |w|·‖x‖ with x the layer's inputs seen so far; "hessian", for `one_shot`, what the outputs lose
+            when the other weights take up what goes (OBC, Frantar et al. 2022, arXiv 2208.11580); "random".
         seed: of the "random" score.
         include_depthwise: mask depthwise convolutions too.
         only_where_faster: a runtime ("ort-x86"): leave alone what that runtime would not run faster, and say so in the report.
@@ -63,7 +64,7 @@ class Prune:
     m: int | None = None
     scope: Literal["layer", "global", "coupled"] = "layer"
     min_keep: float = 0.0
-    score: Literal["magnitude", "taylor", "movement", "wanda", "random"] = "magnitude"
+    score: Literal["magnitude", "taylor", "movement", "wanda", "hessian", "random"] = "magnitude"
     seed: int = 0
     include_depthwise: bool = False
     only_where_faster: str | None = None

@@ -1,9 +1,10 @@
-"""How much a weight matters: the five scores.
+"""How much a weight matters: the six scores.
 
     magnitude   |w|
     taylor      Σ_t |w·g|     Molchanov et al., "Importance estimation for neural network pruning" (2019, arXiv 1906.10771)
     movement    -Σ_t w·g      Sanh et al., "Movement pruning: adaptive sparsity by fine-tuning" (2020, arXiv 2005.07683)
     wanda       |w|·‖x‖₂      Sun et al., "A simple and effective pruning approach for LLMs" (2023, arXiv 2306.11695)
+    hessian     |w| for how many stay of each weight; the solver then chooses which, in `one_shot` alone
     random      a fixed permutation from the seed and the weight's name, so that masks are nested as the sparsity grows
 
 with g = ∂L/∂w of each optimizer step, read from `.grad` when the step is counted: averaged over ranks and unscaled by then, as
@@ -80,7 +81,7 @@ def scores(weight: Weight, config: Prune, gathered: torch.Tensor | None) -> Scor
         StateError: a score that needs data has seen none.
     """
     value = weight.trainable.detach()
-    if config.score == "magnitude":
+    if config.score in ("magnitude", "hessian"):
         return Scores(name=weight.name, values=value.contiguous(), absolute=True)
     if config.score == "random":
         return Scores(name=weight.name, values=_random(value, weight.name, config.seed))

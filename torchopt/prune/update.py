@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from torchopt.errors import ModelError
+from torchopt.errors import ModelError, StateError
 from torchopt.prune.attach import in_axis, installed
 from torchopt.prune.config import Prune
 from torchopt.prune.coupled import decide
@@ -58,6 +58,8 @@ def update(model: nn.Module, step: int) -> bool:
     add_gradients(placed)
     share_inputs(placed)
     firing = [(module, mask) for module, mask in placed if mask.config.timing.fires(step)]
+    if any(mask.config.score == "hessian" for _, mask in firing):
+        raise StateError("prune: score='hessian' is found without training, by torchopt.one_shot; train with score='magnitude'")
     for group in groups(firing):
         choose(group, group[0][1].config.timing.sparsity_at(step))
     _choose_coupled([(module, mask) for module, mask in firing if mask.couplings], step)

@@ -4,8 +4,10 @@ from torchopt.quantize.attach import attach, left_float, settle_scales, unrounde
 from torchopt.quantize.bake import bake
 from torchopt.quantize.calibration.cache import load_ranges, save_ranges
 from torchopt.quantize.calibration.calibrate import calibrate, observes, synchronize
+from torchopt.quantize.calibration.proving import unrounded as unrounded_all
 from torchopt.quantize.calibration.sensitivity import harms
 from torchopt.quantize.config import Quantize
+from torchopt.quantize.corrections.table_scales import channel_factors, hold_integers, scales_channels, turn_channels
 from torchopt.quantize.graph.functional import beside
 from torchopt.quantize.layers.activations import ActivationQuantizer, FixedQuantize
 from torchopt.quantize.layers.attention import can_open, open_attentions
@@ -29,7 +31,9 @@ __all__ = [
     "beside",
     "calibrate",
     "can_open",
+    "channel_factors",
     "harms",
+    "hold_integers",
     "left_float",
     "link_kernels",
     "load_ranges",
@@ -37,9 +41,12 @@ __all__ = [
     "open_attentions",
     "round_for_readers",
     "save_ranges",
+    "scales_channels",
     "settle_scales",
     "stop_rounding",
     "synchronize",
+    "turn_channels",
     "unrounded",
+    "unrounded_all",
     "update",
 ]

@@ -23,8 +23,8 @@ from torchopt.quantize.corrections.reach import hold
 from torchopt.quantize.corrections.walk import Visit
 from torchopt.quantize.layers.modules import Fused
 from torchopt.quantize.layers.weight_grid import along
+from torchopt.solver.positions import PLACES
 
-POSITIONS = 8192  # sampled a layer
 BATCH = 512  # positions a step; a fourth of it where each channel has its own few weights (depthwise)
 STEPS = 500
 RATE = 0.03
@@ -57,7 +57,7 @@ class Problem:
 def round_adaptively(visit: Visit, seed: int = 0) -> None:
     """Learn the rounding of one layer and write it into its weight, in place."""
     layer = visit.layer
-    data = columns(layer, visit.inputs, visit.floats, POSITIONS, seed)
+    data = columns(layer, visit.inputs, visit.floats, PLACES, seed)
     weight, scale = layer.weight.detach(), layer.scale(layer.weight.detach())
     problem = _problem(layer, weight, scale)
     nearest = problem.ratio.round().clamp(-problem.qmax, problem.qmax)

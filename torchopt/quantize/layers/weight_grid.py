@@ -99,6 +99,14 @@ class Codes(torch.autograd.Function):
         return gradient / scale * inside, None, None
 
 
+def has_scales(module: nn.Module, param: str) -> bool:
+    """True where the table on `module.<param>` holds integers, and each output channel has a scale of its own."""
+    for name in (param, f"{param}_orig"):
+        if parametrize.is_parametrized(module, name):
+            return any(getattr(step, "scales", None) is not None for step in module.parametrizations[name])  # type: ignore[index, union-attr]
+    return False
+
+
 def stands_on_table(module: nn.Module, param: str) -> bool:
     """True where one table of shared values for the whole tensor stands on `module.<param>`, masked or not.
 
@@ -122,7 +130,8 @@ def settle(module: nn.Module, param: str) -> bool:
     """
     known: dict[str, bool] = module.__dict__.setdefault("_shares", {})
     if param not in known:
-        known[param] = stands_on_table(module, param) or _looks_shared(getattr(module, param))
+        shares = stands_on_table(module, param) or _looks_shared(getattr(module, param))
+        known[param] = shares and not has_scales(module, param)
         places = list(getattr(module, "rounded_params", ()))
         if ONE_SCALE in module._buffers and param in places:
             module.get_buffer(ONE_SCALE)[places.index(param)] = known[param]
