@@ -10,7 +10,7 @@ are tables that an earlier round left. Under 8-bit scales a table holds integers
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -135,12 +135,14 @@ def _solve(one: Held, h: Tensor, cross: Tensor | None) -> None:
     known = one.mask if one.first is None else one.first
     keep = None if known is None else as_rows(layer, known).contiguous()
     aim = as_rows(layer, w * factor).contiguous()
-    problem = Problem.of(aim if cross is None else aimed(aim, h, cross), h, keep)
+    problem = Problem.of(aim, h, keep)
+    if cross is not None:
+        problem = replace(problem, w=aimed(problem.w, problem.h, cross.to(problem.h.dtype)))
     free = problem.w
     if one.mask is not None:
         free, keep = fix_zeros(problem, _chooser(one) if one.first is not None else None)
         one.mask.copy_(from_rows(layer, keep, w.shape))
-        problem = Problem(w=problem.w, h=problem.h, keep=keep)
+        problem = replace(problem, keep=keep)
     if one.shared is None:
         assert keep is not None
         one.weight.trainable.copy_(from_rows(layer, (free / wide * keep).to(w.dtype), w.shape) + 0.0)

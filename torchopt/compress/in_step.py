@@ -85,7 +85,7 @@ def in_step(model: nn.Module, layers: Sequence[nn.Module], calls: Sequence[Call]
 
     Args:
         model: in the mode that it is to run in.
-        layers: to stop at, each once.
+        layers: to stop at, each once; where calls go different ways, those in front come first.
         calls: the arguments of the model.
 
     Example:
@@ -110,7 +110,7 @@ def in_step(model: nn.Module, layers: Sequence[nn.Module], calls: Sequence[Call]
         for one in passes:
             one.advance()
         while waiting := [one for one in passes if not one.over]:
-            layer = _next(waiting)
+            layer = next(layer for layer in layers if any(one.layer is layer for one in waiting))  # others wait for those behind
             there = [one for one in waiting if one.layer is layer]
             yield layer, [one.given for one in there if one.given is not None]
             left.discard(layer)
@@ -121,12 +121,3 @@ def in_step(model: nn.Module, layers: Sequence[nn.Module], calls: Sequence[Call]
             handle.remove()
         for one in passes:
             one.stop()
-
-
-def _next(waiting: Sequence[_Pass]) -> nn.Module:
-    """The layer before which most calls stand; of several the one that an earlier call stands before."""
-    count: dict[nn.Module, int] = {}
-    for one in waiting:
-        assert one.layer is not None
-        count[one.layer] = count.get(one.layer, 0) + 1
-    return max(count, key=lambda layer: count[layer])

@@ -142,6 +142,10 @@ def _by_gradients(model: nn.Module, rules: Sequence[Rule], batches: object, loss
     for found in assign(model, rules):
         fisher = found.rule.cluster is not None and found.rule.cluster.importance == "fisher"
         score = found.rule.prune.score if found.rule.prune is not None else ""
+        if score == "hessian" and batches is None:
+            raise ConfigError(
+                f"one_shot: {found.weight.name}: score='hessian' needs data; give batches, a hundred samples are plenty"
+            )
         if fisher or score in pruning.GATHERS:
             asked[found.weight.name] = fisher
             what = "importance='fisher'" if fisher else f"score={score!r}"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchopt.errors import ModelError
 from torchopt.solver.polish import best_rows, errors, polish
 from torchopt.solver.sweep import DAMPING, damped, sweep
 from torchopt.solver.tables import fitted, scales
@@ -38,30 +39,35 @@ class Problem:
 
     @classmethod
     def of(cls, w: Tensor, h: Tensor, keep: Tensor | None = None, damping: float = DAMPING) -> Problem:
-        """Return the problem of weights and moments as they come, in the precision that it is worth."""
+        """Return the problem of weights and moments as they come, in the precision that it is worth.
+
+        Raises:
+            ModelError: one of them is not finite.
+        """
+        for what, tensor in (("its weights", w), ("what it reads", h)):
+            if not bool(torch.isfinite(tensor).all()):
+                raise ModelError(f"holds NaN or infinity in {what}; a trained model and clean data are needed")
         dtype = torch.float64 if h.numel() <= SMALL else torch.float32
         return cls(w=w.to(dtype), h=damped(h.to(dtype), damping), keep=keep)
 
 
-def aimed(w: Tensor, h: Tensor, cross: Tensor, damping: float = DAMPING) -> Tensor:
+def aimed(w: Tensor, h: Tensor, cross: Tensor) -> Tensor:
     """Return the weights that give, on what the layer reads now, most nearly what it gave on what it read before.
 
-    min_W' E‖W·x − W'·x̂‖²:  W' = W + W·(E[x·x̂ᵀ] − H)·H⁻¹
+    min_W' E‖W·x − W'·x̂‖²:  W' = W·E[x·x̂ᵀ]·H⁻¹, as far as the samples show; in other directions they stay as they are.
 
     Args:
         w: (groups, rows, n).
-        h: E[x̂·x̂ᵀ], (groups, n, n).
-        cross: E[x·x̂ᵀ], likewise.
-        damping: as for the problem; directions that the samples do not show stay as they are.
+        h: E[x̂·x̂ᵀ], (groups, n, n), damped.
+        cross: E[x·x̂ᵀ], likewise, not damped.
 
     Example:
-        >>> aimed(torch.ones(1, 1, 1), torch.ones(1, 1, 1), torch.full((1, 1, 1), 2.0), damping=0.0).tolist()
-        [[[2.0]]]
+        >>> round(float(aimed(torch.ones(1, 1, 1), torch.ones(1, 1, 1), torch.full((1, 1, 1), 2.0))), 1)
+        2.0
     """
-    dtype = torch.float64 if h.numel() <= SMALL else torch.float32
-    wide, whole = w.to(dtype), damped(h.to(dtype), damping)
-    moved = torch.linalg.solve(whole, (wide @ (cross - h).to(dtype)).transpose(1, 2)).transpose(1, 2)
-    return wide + moved
+    extra = DAMPING / (1 + DAMPING) * torch.diagonal(h, dim1=1, dim2=2).mean(1)  # what `damped` has added
+    cross = cross + extra[:, None, None] * torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
+    return torch.linalg.solve(h, (w @ cross).transpose(1, 2)).transpose(1, 2)
 
 
 def error(problem: Problem, given: Tensor) -> float:
