@@ -162,7 +162,7 @@ class Train:
             return self.precision == "bf16"
         if device.type == "cuda":
             return torch.cuda.get_device_capability(device) >= (8, 0)
-        able = torch.cpu.get_capabilities()
+        able = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.8 does not say
         return any(able.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
     def learning_rate(self, step: int, total: int) -> float:

@@ -52,10 +52,19 @@ class ImportedObserver:
 
 @dataclass(frozen=True, kw_only=True)
 class OwnObserver:
-    """A user's class and the arguments that it is called with."""
+    """A user's class and the arguments that it is called with.
+
+    Example:
+        >>> OwnObserver(kind=torch.nn.Softmax, arguments={"dim": 1})()
+        Softmax(dim=1)
+    """
 
     kind: Any
     arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __call__(self, **more: Any) -> Any:
+        """Return a new observer."""
+        return self.kind(**self.arguments, **more)
 
     def named(self) -> dict[str, Any]:
         """Return what a recipe would hold.
@@ -131,7 +140,7 @@ class Wrapped(Observer):
         if ends is not None and ends[1] - ends[0] != self.quant_max - self.quant_min:
             grid = for_integers(arguments, self.quant_min, self.quant_max)
             with contextlib.suppress(TypeError):
-                made = kind(**arguments, **grid)
+                made = self.own(**grid)
         return made
 
     def observe(self, x: torch.Tensor) -> None:
