@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -162,7 +162,7 @@ class Train:
             return self.precision == "bf16"
         if device.type == "cuda":
             return torch.cuda.get_device_capability(device) >= (8, 0)
-        able = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.8 does not say
+        able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.8 does not say
         return any(able.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
     def learning_rate(self, step: int, total: int) -> float:
