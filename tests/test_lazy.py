@@ -39,8 +39,7 @@ def test_nothing_heavy_is_loaded(asked):
 
 
 ORDERS = [
-    "import torchopt.export.export, torchopt.pack.choose",
-    "import torchopt.export, torchopt.pack, torchopt.report",
+    "import torchopt.export.export, torchopt.pack, torchopt.report",
     "from torchopt import *",
     "import torchopt.run, torchopt.cli.commands, torchopt.onnx_to_onnx",
 ]

@@ -1,6 +1,7 @@
 """Private names of other libraries: all that are in use stand in docs/foundations.md, and are there in the libraries installed."""
 
 import ast
+import functools
 import importlib
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "torchopt"
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
 MODULES = [nn.Module(), nn.GRU(1, 1), nn.Conv2d(1, 1, 1), nn.ConvTranspose2d(1, 1, 1), nn.MultiheadAttention(1, 1)]
 GRAPH = torch.fx.symbolic_trace(nn.Sequential(nn.ReLU()))
 OPERATOR = torch.ops.aten.add.Tensor
@@ -31,12 +33,13 @@ def is_private(name):
     return name == "onnxruntime_pybind11_state" or (name.startswith("_") and not name.startswith("__") and name != "_")
 
 
+@functools.cache
 def in_use():
     """The rooms that use each private name of another library's."""
-    trees = {path.relative_to(PACKAGE).parts[0].removesuffix(".py"): [] for path in PACKAGE.rglob("*.py")}
-    for path in PACKAGE.rglob("*.py"):
-        trees[path.relative_to(PACKAGE).parts[0].removesuffix(".py")].append(ast.parse(path.read_text(encoding="utf-8")))
-    ours = {name for room in trees.values() for tree in room for node in ast.walk(tree) for name in defined(node)}
+    trees = {}
+    for path, tree in TREES.items():
+        trees.setdefault(path.relative_to(PACKAGE).parts[0].removesuffix(".py"), []).append(tree)
+    ours = {name for tree in TREES.values() for node in ast.walk(tree) for name in defined(node)}
     found = {}
     for room, inside in trees.items():
         for tree in inside:
@@ -93,8 +96,8 @@ def test_the_libraries_have_them():
     """Imports are imported; attributes are looked for on what has them."""
     names = in_use().keys() - OF_OBJECTS
     seen = set()
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for tree in TREES.values():
+        for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and not str(node.module).startswith("torchopt"):
                 for alias in node.names:
                     whole = {*str(node.module).split("."), alias.name} & names
