@@ -7,12 +7,15 @@ import re
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchopt.runtime.outputs import _array
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "torchopt"
@@ -124,3 +127,14 @@ def test_operators_arrive_by_the_names_that_are_known():
         nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=ways)
     row = next(names for names, _, _ in table() if "_softmax" in names)
     assert sorted(set(row) - seen.names) == []
+
+
+def test_an_output_in_bfloat16_is_read():
+    """numpy has no such type, and ONNX Runtime's public way is numpy's."""
+    cast = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[3] x) => (bfloat16[3] y) { y = Cast <to = 16> (x) }'
+    )
+    session = onnxruntime.InferenceSession(cast.SerializeToString(), providers=["CPUExecutionProvider"])
+    x = onnxruntime.OrtValue.ortvalue_from_numpy(np.array([1.0, -2.5, 0.0], np.float32))
+    (y,) = session.run_with_ort_values(None, {"x": x})
+    assert _array(y).tolist() == [1.0, -2.5, 0.0]
