@@ -25,9 +25,12 @@ from torchopt.compress.in_step import Call, in_step
 from torchopt.errors import ModelError
 from torchopt.io.progress import track
 from torchopt.network.weights import Weight, weights
-from torchopt.solver import Problem, aimed, fit_table, fix_zeros, moments, products, round_to
+from torchopt.solver import Problem, aimed, fit_table, fix_zeros, means, moments, products, round_to
 from torchopt.solver.positions import as_rows, from_rows, readable
+from torchopt.solver.sweep import DAMPING
 from torchopt.solver.values import Table
+
+MASKED = 0.1  # damping under a mask: half of the weights carry the others, and must not follow what few samples show by chance
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -95,8 +98,7 @@ def compensate(
             for layer, inputs in track(in_step(model, list(by_layer), calls), "compensate", enabled=progress):
                 one = by_layer[layer]
                 try:
-                    h, before = moments(layer, inputs), floats(one.weight.module_name)
-                    _solve(one, h, None if before is None else products(layer, before, inputs))
+                    _learn(one, inputs, floats(one.weight.module_name) or inputs)
                 except ModelError as error:
                     raise ModelError(f"one_shot: {one.weight.name}: {error}") from None
     finally:
@@ -124,20 +126,37 @@ def _beside(origin: nn.Module | None, held: Sequence[Held], calls: Sequence[Call
     return inputs
 
 
-def _solve(one: Held, h: Tensor, cross: Tensor | None) -> None:
-    """Find the weights of one layer, and write them into it."""
+def _learn(one: Held, inputs: list[Tensor], before: list[Tensor]) -> None:
+    """Find the weights of one layer, and what the mean of each channel lacks then; write both into it."""
+    layer = one.weight.module
+    h, cross = moments(layer, inputs), products(layer, before, inputs)
+    if one.weight.out_axis or not quantization.add_to_mean(layer):
+        _solve(one, h, cross)
+        return
+    mean, wanted = means(layer, inputs), means(layer, before)  # what is left to the weights is what varies
+    original = one.original
+    signs = _solve(one, h - mean[:, :, None] * mean[:, None], cross - wanted[:, :, None] * mean[:, None])
+    original = original if signs is None else original * _along(signs, original, 0)
+    sums = (as_rows(layer, w.float()) @ m[:, :, None] for w, m in ((original, wanted), (one.weight.value, mean)))
+    before_that, now = (x.reshape(-1) for x in sums)
+    quantization.add_to_mean(layer, before_that - now)
+
+
+def _solve(one: Held, h: Tensor, cross: Tensor) -> Tensor | None:
+    """Find the weights of one layer, and write them into it; return the signs by which its channels were turned."""
     layer, w = one.weight.module, one.original
     integers = _integers(one)
-    if integers and (signs := quantization.turn_channels(layer)) is not None:
+    signs = quantization.turn_channels(layer) if integers else None
+    if signs is not None:
         w = w * _along(signs, w, one.weight.out_axis)
     factor = _along(quantization.channel_factors(layer, w.shape[one.weight.out_axis]).to(w), w, one.weight.out_axis)
     wide = as_rows(layer, factor.expand(w.shape).contiguous())  # what a row's error counts at the output
     known = one.mask if one.first is None else one.first
     keep = None if known is None else as_rows(layer, known).contiguous()
     aim = as_rows(layer, w * factor).contiguous()
-    problem = Problem.of(aim, h, keep)
-    if cross is not None:
-        problem = replace(problem, w=aimed(problem.w, problem.h, cross.to(problem.h.dtype)))
+    damping = DAMPING if one.mask is None else MASKED
+    problem = Problem.of(aim, h, keep, damping)
+    problem = replace(problem, w=aimed(problem.w, problem.h, cross.to(problem.h.dtype), damping))
     free = problem.w
     if one.mask is not None:
         free, keep = fix_zeros(problem, _chooser(one) if one.first is not None else None)
@@ -146,11 +165,11 @@ def _solve(one: Held, h: Tensor, cross: Tensor | None) -> None:
     if one.shared is None:
         assert keep is not None
         one.weight.trainable.copy_(from_rows(layer, (free / wide * keep).to(w.dtype), w.shape) + 0.0)
-        return
-    if len(one.shared.codes) > 1:
+    elif len(one.shared.codes) > 1:
         _onto_tables(one, problem, wide.to(problem.w.dtype))
     else:
         _share(one, problem, wide[:, :, :1].to(problem.w.dtype), free, integers)
+    return signs
 
 
 def _integers(one: Held) -> int:
@@ -189,7 +208,7 @@ def _share(one: Held, problem: Problem, rows: Tensor, free: Tensor, integers: in
         if integers:
             scale = _sizes(problem, free)
             entries = _started(problem, free / scale, scale, len(entries), pinned=shared.pinned and not beside)
-        settle = partial(_settled, shared, integers)
+        settle = partial(_settled, shared, integers, beside)
         entries, scale, codes, _ = fit_table(
             problem, entries, scale, pinned=shared.pinned and not beside, scaled=bool(integers), settle=settle
         )
@@ -214,11 +233,12 @@ def _write(one: Held, table: Tensor, codes: Tensor, scale: Tensor | None) -> Non
         one.weight.trainable.copy_(shared.render())
 
 
-def _settled(shared: SharedWeights, integers: int, entries: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The table as it will be used: integers under larger scales, or on the grid that its configuration asks for."""
+def _settled(shared: SharedWeights, integers: int, beside: bool, entries: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The table as it will be used: integers under larger scales, or on the grid that its configuration asks for; no 0 beside a mask's."""
     if integers:
         unit = entries.abs().max().clamp(min=1e-30) / integers
-        return (entries / unit).round() + 0.0, scale * unit
+        whole = (entries / unit).round() + 0.0
+        return torch.where(whole == 0, torch.where(entries < 0, -1.0, 1.0).to(whole), whole) if beside else whole, scale * unit
     if shared.config.table_bits is not None:
         return on_grid(entries[None], shared.config.table_bits)[0], scale
     return entries.float().to(entries.dtype), scale

@@ -7,7 +7,13 @@ from torchopt.quantize.calibration.calibrate import calibrate, observes, synchro
 from torchopt.quantize.calibration.proving import unrounded as unrounded_all
 from torchopt.quantize.calibration.sensitivity import harms
 from torchopt.quantize.config import Quantize
-from torchopt.quantize.corrections.table_scales import channel_factors, hold_integers, scales_channels, turn_channels
+from torchopt.quantize.corrections.table_scales import (
+    add_to_mean,
+    channel_factors,
+    hold_integers,
+    scales_channels,
+    turn_channels,
+)
 from torchopt.quantize.graph.functional import beside
 from torchopt.quantize.layers.activations import ActivationQuantizer, FixedQuantize
 from torchopt.quantize.layers.attention import can_open, open_attentions
@@ -26,6 +32,7 @@ __all__ = [
     "OwnObserver",
     "Quantize",
     "Rounded",
+    "add_to_mean",
     "attach",
     "bake",
     "beside",

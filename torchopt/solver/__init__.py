@@ -11,7 +11,20 @@ tables.py      the table itself, and the scale of each row
 """
 
 from torchopt.solver.layer import Problem, aimed, error, fit_table, fix_zeros, round_to
-from torchopt.solver.positions import moments, products
+from torchopt.solver.positions import means, moments, products
 from torchopt.solver.values import Grid, Table, Values
 
-__all__ = ["Grid", "Problem", "Table", "Values", "aimed", "error", "fit_table", "fix_zeros", "moments", "products", "round_to"]
+__all__ = [
+    "Grid",
+    "Problem",
+    "Table",
+    "Values",
+    "aimed",
+    "error",
+    "fit_table",
+    "fix_zeros",
+    "means",
+    "moments",
+    "products",
+    "round_to",
+]

@@ -51,7 +51,7 @@ class Problem:
         return cls(w=w.to(dtype), h=damped(h.to(dtype), damping), keep=keep)
 
 
-def aimed(w: Tensor, h: Tensor, cross: Tensor) -> Tensor:
+def aimed(w: Tensor, h: Tensor, cross: Tensor, damping: float = DAMPING) -> Tensor:
     """Return the weights that give, on what the layer reads now, most nearly what it gave on what it read before.
 
     min_W' E‖W·x − W'·x̂‖²:  W' = W·E[x·x̂ᵀ]·H⁻¹, as far as the samples show; in other directions they stay as they are.
@@ -60,12 +60,13 @@ def aimed(w: Tensor, h: Tensor, cross: Tensor) -> Tensor:
         w: (groups, rows, n).
         h: E[x̂·x̂ᵀ], (groups, n, n), damped.
         cross: E[x·x̂ᵀ], likewise, not damped.
+        damping: of H.
 
     Example:
         >>> round(float(aimed(torch.ones(1, 1, 1), torch.ones(1, 1, 1), torch.full((1, 1, 1), 2.0))), 1)
         2.0
     """
-    extra = DAMPING / (1 + DAMPING) * torch.diagonal(h, dim1=1, dim2=2).mean(1)  # what `damped` has added
+    extra = damping / (1 + damping) * torch.diagonal(h, dim1=1, dim2=2).mean(1)  # what `damped` has added
     cross = cross + extra[:, None, None] * torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
     return torch.linalg.solve(h, (w @ cross).transpose(1, 2)).transpose(1, 2)
 

@@ -52,6 +52,19 @@ def products(layer: nn.Module, left: Sequence[Tensor], right: Sequence[Tensor], 
     return total / seen
 
 
+def means(layer: nn.Module, inputs: Sequence[Tensor], count: int = PLACES, seed: int = 0) -> Tensor:
+    """Return E[x] at the same positions, float32 (groups, weights); arguments as for `moments`.
+
+    Example:
+        >>> means(nn.Linear(2, 1), [torch.tensor([[1.0, 2.0], [3.0, 2.0]])]).tolist()
+        [[2.0, 2.0]]
+    """
+    total, seen = torch.zeros((), dtype=torch.float32, device=inputs[0].device), 0
+    for read, _ in sampled(layer, inputs, count, torch.Generator().manual_seed(seed)):
+        total, seen = total + by_group(layer, read.float()).sum(1), seen + len(read)
+    return total / seen
+
+
 def as_rows(layer: nn.Module, weight: Tensor) -> Tensor:
     """Return a weight as (groups, rows, weights that a row reads).
 

@@ -56,3 +56,15 @@ def hold_integers(layer: nn.Module, codes: torch.Tensor, scale: torch.Tensor) ->
     """Let a layer's weight be s·q for given integers and scales (channels,), in place."""
     assert isinstance(layer, Fused)
     hold(layer, codes, scale)
+
+
+@torch.no_grad()
+def add_to_mean(layer: nn.Module, change: torch.Tensor | None = None) -> bool:
+    """Add to the mean of each output channel before batch norm, (channels,), in place; False where nothing in the layer can."""
+    mean = getattr(layer.bn, "running_mean", None) if isinstance(layer, Fused) and layer.bn is not None else None
+    place = mean if mean is not None else getattr(layer, "bias", None)
+    if not isinstance(place, torch.Tensor):
+        return False
+    if change is not None:
+        place.add_(change.to(place), alpha=1 if mean is None else -1)
+    return True
