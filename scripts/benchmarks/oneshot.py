@@ -108,7 +108,7 @@ def clothes_rows(file: Path | None, chosen: str) -> list[Row]:
     """Points lost on the test pictures."""
     x, y = pictures("train")
     if file is not None and file.is_file():
-            model = build("resnet8", classes=10, in_channels=1).eval()
+        model = build("resnet8", classes=10, in_channels=1).eval()
         model.load_state_dict(torch.load(file, weights_only=True))
     else:
         note("oneshot: training ResNet-8")
