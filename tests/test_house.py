@@ -21,7 +21,7 @@ ROOMS = [
     {"channels", "solver"},
     {"prune", "cluster", "quantize"},
     {"onnx_file", "pack", "export", "runtime"},
-    {"rules", "compress", "onnx_to_onnx"},
+    {"rules", "compress", "onnx_to_onnx", "from_torch_ao"},
     {"models", "data", "train", "integrations"},
     {"recipe", "report"},
     {"run"},
@@ -81,7 +81,11 @@ def test_a_folder_fits_a_glance() -> None:
 
 @pytest.mark.parametrize(
     ("library", "allowed"),
-    [("torch.ao", r"^quantize/torch_ao\.py$"), ("torch_pruning", r"^channels/"), ("torch.onnx.export", r"^export/graph\.py$")],
+    [
+        ("torch.ao", r"^(quantize/torch_ao\.py$|from_torch_ao/)"),
+        ("torch_pruning", r"^channels/"),
+        ("torch.onnx.export", r"^export/graph\.py$"),
+    ],
 )
 def test_one_room_owns_each_engine(library: str, allowed: str) -> None:
     for path in SOURCES:

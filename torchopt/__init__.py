@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torchopt.compress.shrink import shrink
     from torchopt.compress.verbs import calibrate, finalize, prepare, step
     from torchopt.export import ExportResult, PackReport, export, unpack
+    from torchopt.from_torch_ao import from_torch_ao
     from torchopt.network.batch_norm import reestimate_batch_norm
     from torchopt.onnx_to_onnx import CompressedFile, Likeness, compress_onnx
     from torchopt.pack import pack
@@ -43,6 +44,7 @@ lazy(
         "torchopt.compress.shrink": ("shrink",),
         "torchopt.compress.verbs": ("calibrate", "finalize", "prepare", "step"),
         "torchopt.export": ("ExportResult", "PackReport", "export", "unpack"),
+        "torchopt.from_torch_ao": ("from_torch_ao",),
         "torchopt.network.batch_norm": ("reestimate_batch_norm",),
         "torchopt.onnx_to_onnx": ("CompressedFile", "Likeness", "compress_onnx"),
         "torchopt.pack": ("pack",),
@@ -88,6 +90,7 @@ __all__ = [
     "ema_multi_avg_fn",
     "export",
     "finalize",
+    "from_torch_ao",
     "inspect",
     "load",
     "load_ranges",

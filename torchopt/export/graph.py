@@ -80,6 +80,11 @@ def to_onnx(model: nn.Module, example_inputs: tuple[Any, ...], *, opset: int, dy
 
 def _check(model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
     for path, module in model.named_modules():
+        if type(module).__module__.startswith("torch.ao."):
+            raise ModelError(
+                f"export: {path or type(model).__name__} is a {type(module).__name__} of torch.ao.quantization, which no exporter takes; "
+                "export what torchopt.from_torch_ao(model, example_inputs) returns"
+            )
         if isinstance(module, nn.LSTM) and module.proj_size:
             raise ModelError(
                 f"export: {path or type(model).__name__}: nn.LSTM(proj_size={module.proj_size}) has no form in ONNX, whose LSTM projects "
