@@ -82,7 +82,11 @@ class Case:
     @functools.cached_property
     def peer(self) -> float | None:
         """The decibels of ORT's own quantizer, or None where it fails."""
-        path = self.export(self.model, "float")
+        return self.peer_of(self.model, "float")
+
+    def peer_of(self, model: nn.Module, name: str, reference: Arrays | None = None) -> float | None:
+        """The same of another network's file, against that network's outputs."""
+        path = self.export(model, name)
         prepared, target = path.with_suffix(".prepared.onnx"), path.with_suffix(".ort.onnx")
         try:
             ort_quantization.shape_inference.quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
@@ -94,18 +98,18 @@ class Case:
                 activation_type=ort_quantization.QuantType.QUInt8,
                 weight_type=ort_quantization.QuantType.QInt8,
             )
-            return decibels(by_file(target, self.others), self.reference)
+            return decibels(by_file(target, self.others), self.reference if reference is None else reference)
         except Exception as error:
             note(f"{self.stranger.name}: ORT's quantizer: {error}"[:200])
             return None
 
-    def one_shot(self, rule: Rule) -> nn.Module:
-        """Compress without training."""
-        return torchopt.one_shot(self.model, [rule], self.calibration, example_inputs=self.example, progress=False).eval()
+    def one_shot(self, rule: Rule, model: nn.Module | None = None) -> nn.Module:
+        """Compress without training, the network itself or what an earlier round made of it."""
+        model = self.model if model is None else model
+        return torchopt.one_shot(model, [rule], self.calibration, example_inputs=self.example, progress=False).eval()
 
-    def compared(self, model: nn.Module, name: str, reference: Arrays) -> dict[str, Any]:
-        """Export, run, and judge."""
-        peer = self.peer
+    def compared(self, model: nn.Module, name: str, reference: Arrays, peer: float | None) -> dict[str, Any]:
+        """Export, run, and judge: the decibels against `reference` beside those that the peer has."""
         path = self.export(model, name)
         file, here = decibels(by_file(path, self.others), reference), decibels(by_torch(model, self.others), reference)
         goal = UNKNOWN if peer is None else min(peer - SLACK, 60.0)
