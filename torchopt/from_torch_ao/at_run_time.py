@@ -42,7 +42,7 @@ def replaced(model: nn.Module) -> nn.Module:
 
 def _layer(name: str, module: Any) -> nn.Module:
     if isinstance(module, theirs.Linear):
-        if module._packed_params.dtype is not torch.qint8:
+        if not module.weight().is_quantized:
             raise ModelError(f"from_torch_ao: the weight of {name} is float16; use Quantize(mode='float16') on the float network")
         layer = DynamicLinear.of(linear(name, module.weight(), module.bias()))
         return nn.Sequential(layer, nn.ReLU()) if isinstance(module, intrinsic.quantized.dynamic.LinearReLU) else layer
@@ -55,7 +55,7 @@ def _layer(name: str, module: Any) -> nn.Module:
 
 def _recurrent(name: str, kind: type[nn.Module], module: Any) -> nn.Module:
     fields = {f: getattr(module, f) for f in ("num_layers", "bias", "batch_first", "dropout", "bidirectional")}
-    layer = kind(module.input_size, module.hidden_size, **fields)
+    layer: Any = kind(module.input_size, module.hidden_size, **fields)
     weights, biases = module.get_weight(), module.get_bias()
     for param in list(layer._parameters):
         if param.startswith("bias"):
@@ -78,7 +78,7 @@ def refuse_other_outputs(model: nn.Module, ours: nn.Module, inputs: tuple[Any, .
     exact = copy.deepcopy(ours)
     for module in exact.modules():
         if isinstance(module, DynamicLinear):
-            module.__class__ = nn.Linear
+            module.__class__ = nn.Linear  # type: ignore[assignment]
     right, a, b = (_outputs(m, inputs) for m in (exact, model, ours))
     theirs_off, ours_off = float((a - right).norm()), float((b - right).norm())
     if ours_off > SLACK * theirs_off + 1e-5 * float(right.norm()):

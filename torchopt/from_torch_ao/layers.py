@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.ao.nn import intrinsic
 from torch.ao.nn import quantized as theirs
 from torch.ao.nn.quantized import reference
 
@@ -51,7 +50,7 @@ def chain(name: str, module: nn.Module) -> list[nn.Module]:
     kind = type(module)
     if not kind.__module__.startswith("torch.ao.nn"):
         return [module]
-    if isinstance(module, intrinsic.modules.fused._FusedModule):
+    if isinstance(module, nn.Sequential):
         return [part for child in module.children() for part in chain(name, child)]
     if isinstance(module, REFERENCES):
         return [_of_reference(name, module)]

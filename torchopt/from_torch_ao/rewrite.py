@@ -88,6 +88,7 @@ class _Rewriting:
         return ours.eval(), {name: step for name, step in self.steps.items() if name in names}
 
     def _node(self, node: fx.Node) -> None:
+        made: fx.Node | None
         if node.op in ("placeholder", "output"):
             made = self.graph.node_copy(node, self._mapped)
         elif node.op == "get_attr":
@@ -175,7 +176,7 @@ class _Rewriting:
 
     def _packed(self, node: fx.Node, base: str) -> fx.Node:
         """A function on packed parameters."""
-        packed = self.seen[node.args[1].name]  # type: ignore[union-attr]
+        packed = self.seen[str(node.args[1])]
         weight, bias = packed.unpack()
         name = node.name
         if base.startswith("linear"):
@@ -200,8 +201,10 @@ class _Rewriting:
             layer = linear(node.name, weight, bias)
         else:
             rank = weight.dim() - 2
-            sizes = [_each(given.get(k, d), rank) for k, d in (("stride", 1), ("padding", 0), ("dilation", 1))]
-            layer = _convolved(node.name, weight, bias, *sizes, given.get("groups", 1))
+            stride, padding, dilation = (
+                _each(given.get(k, d), rank) for k, d in (("stride", 1), ("padding", 0), ("dilation", 1))
+            )
+            layer = _convolved(node.name, weight, bias, stride, padding, dilation, given.get("groups", 1))
         return self._called(layer, node.name, self._mapped(given["input"]))
 
     def _quantized_source(self, node: Any) -> torch.Tensor | None:
@@ -242,7 +245,7 @@ class _Rewriting:
 def _convolved(
     name: str, weight: torch.Tensor, bias: torch.Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> nn.Module:
-    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[weight.dim() - 3]
+    kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[weight.dim() - 3]
     rank = weight.dim() - 2
     fields: dict[str, Any] = {
         "stride": tuple(stride)[-rank:],
