@@ -50,6 +50,7 @@ def from_torch_ao(model: nn.Module, example_inputs: tuple[Any, ...]) -> nn.Modul
             no kernels for (float16 weights, 4-bit embeddings, weights with a zero point).
 
     Example:
+        >>> warnings.simplefilter("ignore")  # torch.ao announces its removal at every call
         >>> from torch.ao.quantization import get_default_qconfig_mapping
         >>> from torch.ao.quantization.quantize_fx import prepare_fx
         >>> net, x = nn.Sequential(nn.Linear(4, 2), nn.ReLU()).eval(), torch.randn(8, 4)
