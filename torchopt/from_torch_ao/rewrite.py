@@ -61,8 +61,9 @@ class Values(fx.Interpreter):
         self.seen: dict[str, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node."""
-        self.seen[n.name] = value = super().run_node(n)
+        """Run one node; what it gave is kept apart, since the next may write into it (`ReLU6(inplace=True)`)."""
+        value = super().run_node(n)
+        self.seen[n.name] = value.clone() if isinstance(value, torch.Tensor) else value
         return value
 
 
@@ -79,11 +80,10 @@ class _Rewriting:
     def result(self) -> tuple[fx.GraphModule, Grids]:
         for node in self.theirs.graph.nodes:
             self._node(node)
-        ours = fx.GraphModule(self.holder, self.graph, "Quantized")
-        ours.graph.eliminate_dead_code()
-        ours.delete_all_unused_submodules()
+        whole = fx.GraphModule(self.holder, self.graph)
+        whole.graph.eliminate_dead_code()
+        ours = fx.GraphModule(whole, whole.graph, "Quantized")  # which takes only what the graph still names
         ours.graph.lint()
-        ours.recompile()
         names = {node.name for node in ours.graph.nodes}
         return ours.eval(), {name: step for name, step in self.steps.items() if name in names}
 
