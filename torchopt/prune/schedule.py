@@ -12,6 +12,7 @@ not count twice.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -69,7 +70,46 @@ class ConstantSparsity:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolynomialDecay:
+class _Decay(ABC):
+    """What the schedules from one sparsity to another share; how much is left on the way is each one's own."""
+
+    final_sparsity: float
+    end_step: int
+    initial_sparsity: float = 0.0
+    begin_step: int = 0
+    frequency: int = 100
+
+    def __post_init__(self) -> None:
+        _check_sparsity(self, "initial_sparsity")
+        _check_sparsity(self, "final_sparsity")
+        _check_span(self, endless=False)
+
+    @property
+    def final(self) -> float:
+        """The sparsity that the schedule ends at."""
+        return self.final_sparsity
+
+    @property
+    def done_step(self) -> int:
+        """The optimizer step that reaches the final sparsity."""
+        return max(1, self.end_step)
+
+    def sparsity_at(self, step: int) -> float:
+        """Return the fraction of zeros asked for at `step`."""
+        left = self._left(_progress(step, self.begin_step, self.end_step))
+        return float(self.final_sparsity + (self.initial_sparsity - self.final_sparsity) * left)
+
+    def fires(self, step: int) -> bool:
+        """True where masks are chosen anew after optimizer step `step`."""
+        return _fires(step, self.begin_step, self.end_step, self.frequency)
+
+    @abstractmethod
+    def _left(self, passed: float) -> float:
+        """How much of the way is left, 1 to 0, when `passed` of the steps are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolynomialDecay(_Decay):
     """From `initial_sparsity` to `final_sparsity`, fast at first and slowly at the end.
 
     Attributes:
@@ -91,42 +131,19 @@ class PolynomialDecay:
 
     kind: ClassVar[str] = "polynomial"
 
-    final_sparsity: float
-    end_step: int
-    initial_sparsity: float = 0.0
-    begin_step: int = 0
     power: float = 3
-    frequency: int = 100
 
     def __post_init__(self) -> None:
-        _check_sparsity(self, "initial_sparsity")
-        _check_sparsity(self, "final_sparsity")
-        _check_span(self, endless=False)
+        super().__post_init__()
         if isinstance(self.power, bool) or not isinstance(self.power, int | float) or not 0 < self.power < math.inf:
             raise ConfigError(f"PolynomialDecay.power: got {self.power!r}; a number above 0 is needed, 3 is usual")
 
-    @property
-    def final(self) -> float:
-        """The sparsity that the schedule ends at."""
-        return self.final_sparsity
-
-    @property
-    def done_step(self) -> int:
-        """The optimizer step that reaches the final sparsity."""
-        return max(1, self.end_step)
-
-    def sparsity_at(self, step: int) -> float:
-        """Return the fraction of zeros asked for at `step`."""
-        left = 1.0 - _progress(step, self.begin_step, self.end_step)
-        return float(self.final_sparsity + (self.initial_sparsity - self.final_sparsity) * left**self.power)
-
-    def fires(self, step: int) -> bool:
-        """True where masks are chosen anew after optimizer step `step`."""
-        return _fires(step, self.begin_step, self.end_step, self.frequency)
+    def _left(self, passed: float) -> float:
+        return float((1.0 - passed) ** self.power)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CosineDecay:
+class CosineDecay(_Decay):
     """From `initial_sparsity` to `final_sparsity` along half a cosine: slow, fast, slow.
 
     Attributes:
@@ -147,35 +164,8 @@ class CosineDecay:
 
     kind: ClassVar[str] = "cosine"
 
-    final_sparsity: float
-    end_step: int
-    initial_sparsity: float = 0.0
-    begin_step: int = 0
-    frequency: int = 100
-
-    def __post_init__(self) -> None:
-        _check_sparsity(self, "initial_sparsity")
-        _check_sparsity(self, "final_sparsity")
-        _check_span(self, endless=False)
-
-    @property
-    def final(self) -> float:
-        """The sparsity that the schedule ends at."""
-        return self.final_sparsity
-
-    @property
-    def done_step(self) -> int:
-        """The optimizer step that reaches the final sparsity."""
-        return max(1, self.end_step)
-
-    def sparsity_at(self, step: int) -> float:
-        """Return the fraction of zeros asked for at `step`."""
-        left = (1.0 + math.cos(math.pi * _progress(step, self.begin_step, self.end_step))) / 2.0
-        return self.final_sparsity + (self.initial_sparsity - self.final_sparsity) * left
-
-    def fires(self, step: int) -> bool:
-        """True where masks are chosen anew after optimizer step `step`."""
-        return _fires(step, self.begin_step, self.end_step, self.frequency)
+    def _left(self, passed: float) -> float:
+        return (1.0 + math.cos(math.pi * passed)) / 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,11 +259,11 @@ def check_sparsity(where: str, value: object) -> None:
         raise ConfigError(f"{where}: got {value!r}; a fraction of zeros in [0, 1) is needed, such as 0.8")
 
 
-def _check_sparsity(schedule: Schedule, name: str) -> None:
+def _check_sparsity(schedule: ConstantSparsity | _Decay, name: str) -> None:
     check_sparsity(f"{type(schedule).__name__}.{name}", getattr(schedule, name))
 
 
-def _check_span(schedule: ConstantSparsity | PolynomialDecay | CosineDecay, *, endless: bool) -> None:
+def _check_span(schedule: ConstantSparsity | _Decay, *, endless: bool) -> None:
     where = type(schedule).__name__
     begin, end, frequency = schedule.begin_step, schedule.end_step, schedule.frequency
     if not _is_int(begin) or begin < 0:
