@@ -3,10 +3,10 @@
     min_q  Σ_o ‖ x̂·(w_o − s_o q_o) ‖²        over the integers of the layer's grid
 
 The solver does it, from the moments of what the layer reads. It does not aim at what the float network gives, w·x: tried once,
-with means left to the bias, that cost MobileNetV2 18 dB, perhaps because ranges clip rare values, which then make up most of E‖x − x̂‖².
-What has to sum to nothing, such as the
-taps of an edge detector, keeps its sum. The cost is one matrix of (weights of a row)², and no training: seconds for a network, against
-minutes of adaptive rounding. Weights of exactly zero stay zero: their error is spread like any other.
+with means left to the bias, that cost MobileNetV2 18 dB, perhaps because ranges clip rare values, which then make up most of
+E‖x − x̂‖². What has to sum to nothing, such as the taps of an edge detector, keeps its sum. The cost is one matrix of (weights of a
+row)², and no training: seconds for a network, against minutes of adaptive rounding. Weights of exactly zero stay zero: their error is
+spread like any other.
 """
 
 from __future__ import annotations
