@@ -71,8 +71,32 @@ def test_the_levels_are_all_in_use() -> None:
     assert {_room(p) for p in SOURCES} - {"__init__"} == set(LEVEL)
 
 
+LONGER = {  # than the house wants, and by how much at most: lines of files, and of functions; it only ever gets shorter
+    "data/sources.py": 308,
+    "export/export.py": 304,
+    "quantize/graph/placement.py": 303,
+    "quantize/graph/trace.py": 319,
+    "quantize/layers/activations.py": 343,
+    "quantize/layers/modules.py": 305,
+    "compress/shrink.py:shrink": 72,
+    "export/export.py:export": 78,
+    "onnx_to_onnx/compress.py:compress_onnx": 64,
+    "train/loop.py:train": 67,
+}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_and_functions_are_short(path: Path) -> None:
+    """300 lines a file, 60 a function."""
+    name, text = path.relative_to(PACKAGE).as_posix(), path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= LONGER.get(name, 300)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno + 1 <= LONGER.get(f"{name}:{node.name}", 60), node.name
+
+
 def test_a_folder_fits_a_glance() -> None:
-    """At most 8 single files at the top, 15 in any folder, 300 lines in any file."""
+    """At most 8 single files at the top, and 15 in any folder."""
     assert len(list(PACKAGE.glob("*.py"))) <= 8
     for folder in {p.parent for p in SOURCES}:
         files = sorted(p.name for p in folder.glob("*.py"))
