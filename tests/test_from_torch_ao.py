@@ -62,6 +62,21 @@ class Encoder(nn.Module):
         return F.linear(F.gelu(y), self.weight)
 
 
+class Rarer(nn.Module):
+    """A transposed convolution, a norm by itself, layers as functions, dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.leaky, self.norm = nn.ConvTranspose2d(3, 4, 2, stride=2), nn.LeakyReLU(0.1), nn.BatchNorm2d(4)
+        self.drop, self.weight = nn.Dropout(0.5), nn.Parameter(torch.randn(4, 2, 3, 3) / 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(self.leaky(self.up(x)))
+        y = F.relu(F.conv2d(y, self.weight, None, (2, 2), (1, 1), (1, 1), 2))
+        return self.head(self.drop(y).mean([2, 3]))
+
+
 class Eager(nn.Module):
     """As torch.ao's eager mode wants it: stubs, and sums by modules."""
 
@@ -140,6 +155,23 @@ def test_an_encoder_with_a_layer_as_a_function(form: str, tmp_path: Path) -> Non
     assert len(_codes(ours)) == 3
     assert float((ours(ROWS) - right).abs().max()) < 0.03 * float(right.abs().max())
     assert float((_by_file(ours, ROWS, tmp_path / "m.onnx") - right).abs().max()) < 0.03 * float(right.abs().max())
+
+
+@pytest.mark.parametrize("form", ["prepared", "converted", "reference"])
+def test_rarer_layers(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On fbgemm: torch's x86 engine transposes convolutions of inputs with a zero point 100 steps off, which is refused."""
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        pytest.skip("this torch has no fbgemm")
+    monkeypatch.setattr(torch.backends.quantized, "engine", "fbgemm")
+    torch.manual_seed(0)
+    mapping = ao.get_default_qconfig_mapping("qnnpack")  # one scale a weight, as transposed convolutions want it
+    prepared = quantize_fx.prepare_fx(Rarer().eval(), mapping, (IMAGES,))
+    prepared(IMAGES)
+    right = quantize_fx.convert_to_reference_fx(copy.deepcopy(prepared))(IMAGES)
+    ours = torchopt.from_torch_ao(_same(form)(prepared), (IMAGES,))
+    assert len(_codes(ours)) == 3
+    assert float((ours(IMAGES) - right).abs().max()) < 0.03 * float(right.abs().max())
+    assert float((_by_file(ours, IMAGES, tmp_path / "m.onnx") - right).abs().max()) < 0.03 * float(right.abs().max())
 
 
 @pytest.mark.parametrize("form", ["prepared", "trained", "converted"])

@@ -15,7 +15,8 @@ from torch.ao.nn import intrinsic
 from torch.ao.nn.quantized import dynamic as theirs
 
 from torchopt.errors import ModelError
-from torchopt.from_torch_ao.layers import filled, linear
+from torchopt.from_torch_ao.layers import layer_of, values
+from torchopt.network.grid import set_grid
 from torchopt.network.proof import flat
 from torchopt.network.surgery import set_module
 from torchopt.quantize import DynamicLinear
@@ -44,7 +45,7 @@ def _layer(name: str, module: Any) -> nn.Module:
     if isinstance(module, theirs.Linear):
         if not module.weight().is_quantized:
             raise ModelError(f"from_torch_ao: the weight of {name} is float16; use Quantize(mode='float16') on the float network")
-        layer = DynamicLinear.of(linear(name, module.weight(), module.bias()))
+        layer = DynamicLinear.of(layer_of(name, "Linear", module.weight(), module.bias(), {}))
         return nn.Sequential(layer, nn.ReLU()) if isinstance(module, intrinsic.quantized.dynamic.LinearReLU) else layer
     kind = KINDS.get(type(module))
     if kind is None:
@@ -63,7 +64,9 @@ def _recurrent(name: str, kind: type[nn.Module], module: Any) -> nn.Module:
             continue
         if not weights[param].is_quantized:
             raise ModelError(f"from_torch_ao: {name}.{param} is {weights[param].dtype}; ask torch.ao for qint8")
-        filled(f"{name}.{param}", layer, weights[param], None, param)
+        value, scale, axis = values(f"{name}.{param}", weights[param])
+        layer._parameters[param] = nn.Parameter(value, requires_grad=False)
+        set_grid(layer, param, scale, 8, axis)
     layer._flat_weights = [layer._parameters[n] for n in layer._flat_weights_names]
     return layer
 

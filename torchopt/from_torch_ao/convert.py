@@ -25,8 +25,7 @@ from torch.ao.quantization import quantize_fx
 from torchopt.errors import ModelError
 from torchopt.from_torch_ao.at_run_time import refuse_other_outputs, replaced
 from torchopt.from_torch_ao.proof import prove
-from torchopt.from_torch_ao.rewrite import rewritten
-from torchopt.network.surgery import evaluating
+from torchopt.from_torch_ao.rewrite import Values, rewritten
 from torchopt.process.ordinary import alone
 
 OBSERVERS = (ao.ObserverBase, ao.FakeQuantizeBase)
@@ -65,14 +64,14 @@ def from_torch_ao(model: nn.Module, example_inputs: tuple[Any, ...]) -> nn.Modul
         theirs = _runnable(copy.deepcopy(model).cpu().eval())
         if not any(_is_static(m) for m in theirs.modules()) and not _rounds_in_graph(theirs):
             return _at_run_time(theirs, example_inputs)
-        graph = _traced(theirs)
-        with evaluating(graph):
-            ours, grids = rewritten(graph, example_inputs)
-            prove(graph, ours, grids, example_inputs)
+        graph = _traced(theirs).eval()
+        seen = _seen(graph, example_inputs)
+        ours, steps = rewritten(graph, seen)
+        prove(ours, steps, seen, example_inputs)
         return ours
 
 
-def is_of_torch_ao(model: nn.Module) -> bool:
+def _is_of_torch_ao(model: nn.Module) -> bool:
     """Return True where torch.ao's observers, fake quantizers or quantized layers stand in a network."""
     return any(isinstance(m, OBSERVERS) or type(m).__module__.startswith("torch.ao.nn") for m in model.modules()) or (
         isinstance(model, fx.GraphModule) and _rounds_in_graph(model)
@@ -86,7 +85,7 @@ def _check(model: nn.Module, example_inputs: object) -> None:
         raise ModelError(
             f"from_torch_ao: example_inputs is {type(example_inputs).__name__}; a tuple of one call's tensors is needed"
         )
-    if not is_of_torch_ao(model):
+    if not _is_of_torch_ao(model):
         raise ModelError(f"from_torch_ao: nothing of {type(model).__name__} is quantized by torch.ao; {REMEDY}")
     for name, module in model.named_modules():
         if isinstance(module, ao.ObserverBase) and hasattr(module, "min_val") and _never_saw(module):
@@ -145,6 +144,16 @@ def _traced(model: nn.Module) -> fx.GraphModule:
             f"from_torch_ao: the forward of {type(model).__name__} cannot be traced ({_line(error)}); quantize it by "
             "torch.ao.quantization.quantize_fx, or with torchopt.prepare"
         ) from error
+
+
+def _seen(graph: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """What each node of torch.ao's network gives."""
+    values = Values(graph)
+    try:
+        values.run(*inputs)
+    except Exception as error:  # whatever the network's code raises
+        raise ModelError(f"from_torch_ao: torch.ao's own network does not run on example_inputs: {_line(error)}") from error
+    return values.seen
 
 
 class _Tracer(fx.Tracer):

@@ -6,6 +6,7 @@ their weight is rounded), and plain quantized tensors that a graph hands to a fu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,18 +15,20 @@ from torch.ao.nn import quantized as theirs
 from torch.ao.nn.quantized import reference
 
 from torchopt.errors import ModelError
-from torchopt.network.grid import set_grid
+from torchopt.network.core_layer import CONV, plain
+from torchopt.network.grid import Grid, set_grid
 
 SYMMETRIC = "ask torch.ao for symmetric qint8 weights, as its default qconfigs do"
-CONVS: dict[type[nn.Module], type[nn.Module]] = {
-    theirs.ConvTranspose1d: nn.ConvTranspose1d,
-    theirs.ConvTranspose2d: nn.ConvTranspose2d,
-    theirs.ConvTranspose3d: nn.ConvTranspose3d,
-    theirs.Conv1d: nn.Conv1d,
-    theirs.Conv2d: nn.Conv2d,
-    theirs.Conv3d: nn.Conv3d,
+WEIGHTED: dict[type[nn.Module], str] = {  # before their bases, where one is another's
+    theirs.Linear: "Linear",
+    theirs.ConvTranspose1d: "ConvTranspose1d",
+    theirs.ConvTranspose2d: "ConvTranspose2d",
+    theirs.ConvTranspose3d: "ConvTranspose3d",
+    theirs.Conv1d: "Conv1d",
+    theirs.Conv2d: "Conv2d",
+    theirs.Conv3d: "Conv3d",
 }
-REFERENCES: tuple[type[nn.Module], ...] = (
+REFERENCES = (
     reference.Linear,
     reference.Conv1d,
     reference.Conv2d,
@@ -34,10 +37,10 @@ REFERENCES: tuple[type[nn.Module], ...] = (
     reference.ConvTranspose2d,
     reference.ConvTranspose3d,
 )
-SHAPE = ("stride", "padding", "dilation", "groups", "padding_mode")
+SHAPE = (*CONV, "padding_mode", "output_padding")
 
 
-def chain(name: str, module: nn.Module) -> list[nn.Module]:
+def chain(name: str, module: Any) -> list[nn.Module]:
     """Return the float layers that compute, one after the other, what a module of torch.ao computes before it rounds.
 
     Args:
@@ -53,31 +56,35 @@ def chain(name: str, module: nn.Module) -> list[nn.Module]:
     if isinstance(module, nn.Sequential):
         return [part for child in module.children() for part in chain(name, child)]
     if isinstance(module, REFERENCES):
-        return [_of_reference(name, module)]
+        return [layer_of(name, kind.__name__, module.get_quantized_weight(), module.bias, _shape(kind.__name__, module))]
     relu: list[nn.Module] = [nn.ReLU()] if "ReLU" in kind.__name__ and kind.__module__.startswith("torch.ao.nn.intrinsic") else []
-    if isinstance(module, theirs.Linear):
-        return [linear(name, module.weight(), module.bias()), *relu]
-    for quantized, plain in CONVS.items():
-        if isinstance(module, quantized):
-            return [_convolution(name, plain, module), *relu]
+    of = next((plain_kind for quantized, plain_kind in WEIGHTED.items() if isinstance(module, quantized)), None)
+    if of is not None:
+        return [layer_of(name, of, module.weight(), module.bias(), _shape(of, module)), *relu]
     return [*_other(name, module), *relu]
 
 
-def linear(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
-    """Return a linear layer on a quantized weight of shape (out, in)."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    return filled(name, layer, weight, bias)
-
-
-def filled(name: str, layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None, param: str = "weight") -> nn.Module:
-    """Give `layer` the values of a quantized weight, and record its grid.
+def layer_of(name: str, kind: str, weight: torch.Tensor, bias: torch.Tensor | None, fields: Mapping[str, Any]) -> nn.Module:
+    """Return torch's layer on the values of a quantized weight, with its grid recorded.
 
     Args:
         name: what to call it in an error.
-        layer: a float layer of the right shape.
+        kind: the class, such as "Conv2d".
         weight: a quantized tensor, one scale for it or one a channel.
         bias: float32, or None.
-        param: the weight's name in the layer.
+        fields: the arguments of the class that its tensors do not tell.
+
+    Raises:
+        ModelError: as `values`.
+    """
+    value, scale, axis = values(name, weight)
+    layer = plain({"weight": value, "bias": None if bias is None else bias.detach().float().clone()}, kind, fields)
+    set_grid(layer.requires_grad_(False), "weight", scale, 8, axis)
+    return layer
+
+
+def values(name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int | None]:
+    """Return what a quantized weight stands for: its values, its scale () or (channels,), and the axis of the channels.
 
     Raises:
         ModelError: the weight has a zero point, or a type without integer kernels.
@@ -86,10 +93,11 @@ def filled(name: str, layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor
         raise ModelError(
             f"from_torch_ao: the weight of {name} is {weight.dtype}; ONNX Runtime's layers take int8, so {SYMMETRIC}"
         )
+    axis: int | None = None
     if weight.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric):
         scale, zero, axis = weight.q_per_channel_scales(), weight.q_per_channel_zero_points(), int(weight.q_per_channel_axis())
     elif weight.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-        scale, zero, axis = torch.tensor(weight.q_scale()), torch.tensor(weight.q_zero_point()), None
+        scale, zero = torch.tensor(weight.q_scale()), torch.tensor(weight.q_zero_point())
     else:
         raise ModelError(
             f"from_torch_ao: the weight of {name} is {weight.qscheme()}, which has no layers in ONNX Runtime; {SYMMETRIC}"
@@ -97,33 +105,14 @@ def filled(name: str, layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor
     if bool(zero.ne(0).any()):
         raise ModelError(f"from_torch_ao: the weight of {name} has a zero point ({int(zero.abs().max())} at most); {SYMMETRIC}")
     scale = scale.to(torch.float32)
-    shape = [1] * weight.dim()
-    if axis is not None:
-        shape[axis] = -1
-    value = weight.int_repr().to(torch.float32) * scale.reshape(shape)
-    layer._parameters[param] = nn.Parameter(value, requires_grad=False)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().to(torch.float32).clone(), requires_grad=False)
-    set_grid(layer, param, scale.reshape(()) if axis is None else scale, 8, axis)
-    return layer
+    grid = Grid(name=name, scale=scale, bits=8, axis=axis)
+    return weight.int_repr().to(torch.float32) * grid.broadcast(weight.dim()), scale, axis
 
 
-def _convolution(name: str, plain: type[nn.Module], module: Any) -> nn.Module:
-    extra = {"output_padding": module.output_padding} if "Transpose" in plain.__name__ else {}
-    fields = {field: getattr(module, field) for field in SHAPE}
-    bias = module.bias()
-    layer = plain(module.in_channels, module.out_channels, module.kernel_size, bias=bias is not None, **fields, **extra)
-    return filled(name, layer, module.weight(), bias)
-
-
-def _of_reference(name: str, module: Any) -> nn.Module:
-    plain = next(base for base in type(module).__mro__ if base.__module__.startswith("torch.nn"))
-    layer: nn.Module = object.__new__(plain)
-    layer.__dict__.update({k: v for k, v in module.__dict__.items() if not k.startswith("weight_")})
-    for own in ("_parameters", "_buffers", "_modules"):
-        layer.__dict__[own] = {}
-    layer._parameters["bias"] = None
-    return filled(name, layer, module.get_quantized_weight(), module.bias)
+def _shape(kind: str, module: Any) -> dict[str, Any]:
+    """The arguments of a convolution that its tensors do not tell; none for a linear layer."""
+    names = SHAPE if "Transpose" in kind else SHAPE[:-1]
+    return {field: getattr(module, field) for field in names} if "Conv" in kind else {}
 
 
 def _other(name: str, module: Any) -> list[nn.Module]:
@@ -132,8 +121,8 @@ def _other(name: str, module: Any) -> list[nn.Module]:
         case theirs.Quantize() | theirs.DeQuantize() | theirs.Dropout():
             return []
         case theirs.BatchNorm2d() | theirs.BatchNorm3d():
-            plain = nn.BatchNorm2d if isinstance(module, theirs.BatchNorm2d) else nn.BatchNorm3d
-            return [_with_state(plain(module.num_features, module.eps), module)]
+            kind = "BatchNorm2d" if isinstance(module, theirs.BatchNorm2d) else "BatchNorm3d"
+            return [plain(module.state_dict(), kind, {"eps": module.eps})]
         case theirs.ReLU6():
             return [nn.ReLU6()]
         case theirs.ELU():
@@ -154,16 +143,10 @@ def _other(name: str, module: Any) -> list[nn.Module]:
     )
 
 
-def _with_state(layer: nn.Module, module: nn.Module) -> nn.Module:
-    state = module.state_dict()
-    layer.load_state_dict({name: state[name] for name in layer.state_dict() if name in state}, strict=False)
-    return layer.eval()
-
-
 def _float(module: Any) -> nn.Module:
     """The float layer that a quantized subclass of it was made from."""
-    plain = next(base for base in type(module).__mro__ if base.__module__.startswith("torch.nn"))
-    layer: nn.Module = object.__new__(plain)
+    kind = next(base for base in type(module).__mro__ if base.__module__.startswith("torch.nn"))
+    layer: nn.Module = object.__new__(kind)
     layer.__dict__.update({k: v for k, v in module.__dict__.items() if k not in ("scale", "zero_point")})
     layer.__dict__["_buffers"] = {k: v for k, v in module._buffers.items() if k not in ("scale", "zero_point")}
     return layer

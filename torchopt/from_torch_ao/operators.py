@@ -26,7 +26,6 @@ FLOAT: dict[str, tuple[Function, int]] = {  # name → what it computes, how man
     "softmax": (F.softmax, 2),
     "layer_norm": (F.layer_norm, 5),
     "group_norm": (F.group_norm, 5),
-    "dropout": (lambda x: x, 1),
 }
 MOVES = {  # each element of the result is an element of the first argument: nothing is rounded anew
     "flatten", "view", "reshape", "permute", "transpose", "contiguous", "unsqueeze", "squeeze", "getitem", "chunk", "split", "unbind",

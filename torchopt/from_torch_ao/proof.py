@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
 from torchopt.errors import ModelError
-from torchopt.from_torch_ao.rewrite import Grids, Values
+from torchopt.from_torch_ao.rewrite import Steps
 
 FLOAT = 1e-4  # of the largest value, between floats
 
 
-def prove(theirs: fx.GraphModule, ours: fx.GraphModule, steps: Grids, inputs: tuple[Any, ...]) -> None:
+def prove(ours: fx.GraphModule, steps: Steps, seen: Mapping[str, Any], inputs: tuple[Any, ...]) -> None:
     """Refuse a network of which some value is more than one step from torch.ao's.
+
+    Args:
+        ours: the rewritten network.
+        steps: of its nodes that are compared; 0 between floats.
+        seen: what each of torch.ao's nodes gives for `inputs`.
+        inputs: the tensors of one call.
 
     Raises:
         ModelError: says which value, and how far.
     """
-    known = Values(theirs)
-    known.run(*inputs)
-    _Forced(ours, {name: _float(value) for name, value in known.seen.items()}, steps).run(*inputs)
+    _Forced(ours, {name: _float(value) for name, value in seen.items()}, steps).run(*inputs)
 
 
 class _Forced(fx.Interpreter):
     """Runs our graph; where a node stands for one of theirs, theirs is what the next node reads."""
 
-    def __init__(self, graph: fx.GraphModule, known: dict[str, Any], steps: Grids) -> None:
+    def __init__(self, graph: fx.GraphModule, known: dict[str, Any], steps: Steps) -> None:
         super().__init__(graph)
         self.known, self.steps = known, steps
 

@@ -7,7 +7,7 @@ operator on floats, then a rounding to that grid, is what the node computes. Not
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,42 +15,14 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from torchopt.errors import ModelError
-from torchopt.from_torch_ao.layers import chain, filled, linear
+from torchopt.from_torch_ao.layers import chain, layer_of
 from torchopt.from_torch_ao.operators import MOVES, float_of
+from torchopt.network.core_layer import CONV
 from torchopt.quantize import FixedQuantize
 
+DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1}
 ENDS = {torch.quint8: (0, 255), torch.qint8: (-128, 127)}
-Grids = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """scale, zero point and type of a quantized tensor."""
-
-    scale: float
-    zero_point: int
-    dtype: torch.dtype
-
-
-def rewritten(graph: fx.GraphModule, inputs: tuple[Any, ...]) -> tuple[fx.GraphModule, Grids]:
-    """Return the float network with roundings, and for each of its nodes that stands for a node of `graph` the step of its grid.
-
-    Args:
-        graph: a network that runs on quantized tensors; its nodes keep their names.
-        inputs: the tensors of one call.
-
-    Raises:
-        ModelError: an operator or a type has no form here.
-    """
-    values = Values(graph)
-    try:
-        values.run(*inputs)
-    except ModelError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"from_torch_ao: torch.ao's own network does not run on example_inputs: {reason}") from error
-    return _Rewriting(graph, values.seen).result()
+Steps = dict[str, float]
 
 
 class Values(fx.Interpreter):
@@ -67,17 +39,30 @@ class Values(fx.Interpreter):
         return value
 
 
+def rewritten(graph: fx.GraphModule, seen: Mapping[str, Any]) -> tuple[fx.GraphModule, Steps]:
+    """Return the float network with roundings, and for each of its nodes that stands for a node of `graph` the step of its grid.
+
+    Args:
+        graph: a network that runs on quantized tensors; its nodes keep their names.
+        seen: what each of its nodes gives (`Values`).
+
+    Raises:
+        ModelError: an operator or a type has no form here.
+    """
+    return _Rewriting(graph, seen).result()
+
+
 class _Rewriting:
     """One pass over their nodes; `of` says which of our nodes gives what one of theirs gave."""
 
-    def __init__(self, graph: fx.GraphModule, seen: dict[str, Any]) -> None:
+    def __init__(self, graph: fx.GraphModule, seen: Mapping[str, Any]) -> None:
         self.theirs, self.seen = graph, seen
-        self.root, self.graph = nn.Module(), fx.Graph()
+        self.holder, self.graph = fx.GraphModule(nn.Module(), fx.Graph()), fx.Graph()
         self.of: dict[fx.Node, fx.Node] = {}
-        self.steps: Grids = {}
-        self.holder = fx.GraphModule(self.root, fx.Graph())
+        self.constants: set[fx.Node] = set()  # what no input of the network takes part in
+        self.steps: Steps = {}
 
-    def result(self) -> tuple[fx.GraphModule, Grids]:
+    def result(self) -> tuple[fx.GraphModule, Steps]:
         for node in self.theirs.graph.nodes:
             self._node(node)
         whole = fx.GraphModule(self.holder, self.graph)
@@ -88,6 +73,8 @@ class _Rewriting:
         return ours.eval(), {name: step for name, step in self.steps.items() if name in names}
 
     def _node(self, node: fx.Node) -> None:
+        if node.op in ("get_attr", "call_function", "call_method") and self.constants.issuperset(node.all_input_nodes):
+            self.constants.add(node)
         made: fx.Node | None
         if node.op in ("placeholder", "output"):
             made = self.graph.node_copy(node, self._mapped)
@@ -146,7 +133,7 @@ class _Rewriting:
             source = node.args[0]
             assert isinstance(source, fx.Node)
             value = self.seen[node.name]
-            if source not in self.of or name == "quantize_per_channel":
+            if source in self.constants:  # a weight, which a layer takes from the quantized tensor
                 return None if value.is_quantized else self._buffer(node, value)
             return self.of[source]
         if _is_quantized_operator(node):
@@ -160,6 +147,8 @@ class _Rewriting:
         base = name.split(".")[0]
         if base.removesuffix("_relu") in ("linear", "conv1d", "conv2d", "conv3d", "linear_dynamic"):
             return self._packed(node, base)
+        if base == "dropout":  # in evaluation: nothing
+            return self._mapped(node.args[0])  # type: ignore[arg-type]
         found = float_of(name)
         if found is None:
             raise ModelError(
@@ -178,12 +167,10 @@ class _Rewriting:
         """A function on packed parameters."""
         packed = self.seen[str(node.args[1])]
         weight, bias = packed.unpack()
-        name = node.name
-        if base.startswith("linear"):
-            layer = linear(name, weight, bias)
-        else:
-            layer = _convolved(name, weight, bias, packed.stride(), packed.padding(), packed.dilation(), packed.groups())
-        made = self._called(layer, name, self._mapped(node.args[0]))  # type: ignore[arg-type]
+        given: dict[str, Any] = {"input": node.args[0], "bias": bias}
+        if not base.startswith("linear"):
+            given |= {field: getattr(packed, field)() for field in CONV}
+        made = self._on_weight(node, weight, given)
         return self.graph.call_function(torch.relu, (made,)) if base.endswith("_relu") else made
 
     def _functional_layer(self, node: fx.Node) -> fx.Node | None:
@@ -195,17 +182,16 @@ class _Rewriting:
         weight = self._quantized_source(given.get("weight"))
         if weight is None:
             return None
-        bias = given.get("bias")
+        return self._on_weight(node, weight, given)
+
+    def _on_weight(self, node: fx.Node, weight: torch.Tensor, given: Mapping[str, Any]) -> fx.Node:
+        """A layer of torch on a quantized weight, called where a function was."""
+        rank, bias = weight.dim() - 2, given.get("bias")
         bias = self.seen[bias.name] if isinstance(bias, fx.Node) else bias
-        if name == "linear":
-            layer = linear(node.name, weight, bias)
-        else:
-            rank = weight.dim() - 2
-            stride, padding, dilation = (
-                _each(given.get(k, d), rank) for k, d in (("stride", 1), ("padding", 0), ("dilation", 1))
-            )
-            layer = _convolved(node.name, weight, bias, stride, padding, dilation, given.get("groups", 1))
-        return self._called(layer, node.name, self._mapped(given["input"]))
+        kind = f"Conv{rank}d" if rank else "Linear"
+        fields = {field: _each(given.get(field, default), rank) for field, default in DEFAULTS.items()} if rank else {}
+        fields |= {"groups": given.get("groups", 1)} if rank else {}
+        return self._called(layer_of(node.name, kind, weight, bias, fields), node.name, self._mapped(given["input"]))
 
     def _quantized_source(self, node: Any) -> torch.Tensor | None:
         while isinstance(node, fx.Node):
@@ -242,24 +228,8 @@ class _Rewriting:
         return type(self.theirs.get_submodule(str(node.target))).__name__ if node.op == "call_module" else ""
 
 
-def _convolved(
-    name: str, weight: torch.Tensor, bias: torch.Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
-) -> nn.Module:
-    kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[weight.dim() - 3]
-    rank = weight.dim() - 2
-    fields: dict[str, Any] = {
-        "stride": tuple(stride)[-rank:],
-        "padding": padding if isinstance(padding, str) else tuple(padding)[-rank:],
-    }
-    fields |= {"dilation": tuple(dilation)[-rank:], "groups": groups}
-    layer = kind(weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), **fields)
-    if bias is None:
-        layer.bias = None
-    return filled(name, layer, weight, bias)
-
-
 def _each(value: Any, rank: int) -> Any:
-    return value if isinstance(value, str) else (value,) * rank if isinstance(value, int) else tuple(value)
+    return value if isinstance(value, str) else (value,) * rank if isinstance(value, int) else tuple(value)[-rank:]
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
