@@ -20,7 +20,7 @@ import torchopt
 from torchopt import Quantize, Rule
 from torchopt.data import Digits
 from torchopt.quantize import ActivationQuantizer, FixedQuantize
-from torchopt.quantize.layers.activations import TRAINING_MOMENTUM, scale_and_zero_point
+from torchopt.quantize.layers.activations import START, TRAINING_MOMENTUM, scale_and_zero_point
 from torchopt.quantize.layers.weight_grid import weight_scale
 from torchopt.quantize.observers import MinMax, MovingAverage
 from torchopt.quantize.observers.minmax import MOMENTUM
@@ -61,6 +61,7 @@ def train(model: nn.Module, steps: int, shape=(8, 3, 8, 8), lr: float = 0.05) ->
 def test_Q1_observers():
     """All values of [-5, 1] and [-1, 5]: (-5, 5). Symmetric [-1, .5]: a weight's narrow grid ±1, a wide one (-1, 127/128).
     Moving average of [-1, 1] then [0, 0]: TensorFlow starts at 0 with 0.999 and has ±0.000999; ours starts at the first batch: ±(1 - c).
+    In training it starts at the union of the first ten batches.
     """
     seen, average = MinMax(), MovingAverage()
     for batch in ([-5.0, 1.0], [-1.0, 5.0]):
@@ -74,7 +75,7 @@ def test_Q1_observers():
         average.end_batch()
     np.testing.assert_allclose([float(end) for end in average.range()], np.array([-1, 1]) * (1 - MOMENTUM), rtol=1e-6)
     training = ActivationQuantizer().train()
-    for batch in ([-1.0, 1.0], [0.0, 0.0]):
+    for batch in (*[[-0.5, 0.1], [0.0, 1.0], [-1.0, 0.3]], *[[0.0, 0.0]] * (START - 2)):
         training(torch.tensor(batch))
     np.testing.assert_allclose(
         [float(training.min_val), float(training.max_val)], np.array([-1, 1]) * (1 - TRAINING_MOMENTUM), rtol=1e-6

@@ -4,7 +4,8 @@ For each network of `networks/` (random weights, statistics of the data) and eac
 compared with the network it should be. The peer is ONNX Runtime's own `quantize_static` of the same float file on the same batches.
 
 - static: post-training, default settings. The file against float; at most 1 dB below the peer.
-- qat: three steps of SGD (batches of 32) after `prepare`; the file against a float twin that took the same, as near as the peer to float.
+- qat: three steps of SGD (batches of 32) after `prepare`; the file against a float twin that took the same, beside what the peer makes of
+  that twin with the same three batches as its calibration.
 - weight_only: the file against float, likewise.
 - all three: half of the weights zero and 16 shared values in one round, int8 in a second, which keeps both; the file against the zeros
   and values in float, beside what the peer makes of those.
@@ -52,8 +53,8 @@ def qat(case: Case) -> dict[str, Any]:
     twin, batches = case.stranger.model(), case.stranger.batches(3, 32, 4)
     for model in (prepared, twin):
         _three_steps(model, batches, advance=model is prepared)
-    final = torchopt.finalize(prepared).eval()
-    cell = case.compared(final, "qat", by_torch(twin.eval(), case.others), case.peer)
+    final, reference = torchopt.finalize(prepared).eval(), by_torch(twin.eval(), case.others)
+    cell = case.compared(final, "qat", reference, case.peer_of(twin, "twin", reference, batches))
     same = decibels(by_torch(prepared.eval(), case.others), by_torch(final, case.others))
     if same < 60 and cell["verdict"] == "works":
         return cell | {"verdict": "file differs", "why": f"prepared and finalized {same:.1f} dB apart"}

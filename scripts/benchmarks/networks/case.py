@@ -84,15 +84,17 @@ class Case:
         """The decibels of ORT's own quantizer, or None where it fails."""
         return self.peer_of(self.model, "float")
 
-    def peer_of(self, model: nn.Module, name: str, reference: Arrays | None = None) -> float | None:
-        """The same of another network's file, against that network's outputs."""
+    def peer_of(
+        self, model: nn.Module, name: str, reference: Arrays | None = None, batches: list[Inputs] | None = None
+    ) -> float | None:
+        """The same of another network's file, against that network's outputs, calibrated on other batches where there are some."""
         path = self.export(model, name)
         prepared, target = path.with_suffix(".prepared.onnx"), path.with_suffix(".ort.onnx")
         try:
             ort_quantization.shape_inference.quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
             names = [i.name for i in torchopt.runtime.session(path).get_inputs()]
             ort_quantization.quantize_static(
-                *(str(prepared), str(target), Feeds(names, self.calibration)),
+                *(str(prepared), str(target), Feeds(names, self.calibration if batches is None else batches)),
                 quant_format=ort_quantization.QuantFormat.QDQ,
                 per_channel=True,
                 activation_type=ort_quantization.QuantType.QUInt8,

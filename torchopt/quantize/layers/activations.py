@@ -20,6 +20,7 @@ from torchopt.quantize.observers import make
 from torchopt.quantize.torch_ao import FakeQuantizeBase
 
 TRAINING_MOMENTUM = 0.01  # torch.ao's averaging constant: ranges follow about the last hundred steps
+START = 10  # batches whose extremes are joined first: the average would keep the first batch's range, short by its few samples
 APART = 0.01  # of the scale: averages of ends and scale drift apart by their roundings, and no further
 HALVED = (
     "quantize: the finalized model was made {}, and its integers are of float32 values; use it as finalize gave it (an input in float32), "
@@ -60,13 +61,15 @@ class ActivationQuantizer(FakeQuantizeBase):
         fixed_range: (low, high) known beforehand, such as (0, 1) after a sigmoid; then nothing is observed.
 
     In training mode it follows the data while `observer_enabled`, by a moving average or by the user's own observer, and rounds while
-    `fake_quant_enabled`; in evaluation it rounds on the range it has. Before it has seen any data it lets the activation pass.
+    `fake_quant_enabled`. The average starts from the union of the first ten batches' ranges, or from calibration. In evaluation it
+    rounds on the range it has. Before it has seen any data it lets the activation pass.
     """
 
     min_val: torch.Tensor
     max_val: torch.Tensor
     scale: torch.Tensor
     zero_point: torch.Tensor
+    batches: torch.Tensor
     aside = False  # True while `rounding` is set for a while and not by the buffer
     learn = False  # no scale that is trained
 
@@ -91,6 +94,7 @@ class ActivationQuantizer(FakeQuantizeBase):
         self.register_buffer("min_val", torch.tensor(torch.inf, dtype=torch.float32))
         self.register_buffer("max_val", torch.tensor(-torch.inf, dtype=torch.float32))
         self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
+        self.register_buffer("batches", torch.tensor(0))
         self._hold_scale()
         self._mirror()
         if fixed_range is not None:
@@ -157,6 +161,7 @@ class ActivationQuantizer(FakeQuantizeBase):
             raise DataError(f"calibrate: an activation ranges over [{float(low)}, {float(high)}]; finite data is needed")
         self.min_val.copy_(low)
         self.max_val.copy_(high)
+        self.batches.fill_(START)
         self._set_scale()
         self.ready = True
 
@@ -220,7 +225,17 @@ class ActivationQuantizer(FakeQuantizeBase):
         return fake_quantize(x, self.scale.detach(), self.zero_point, self.quant_min, self.quant_max) if self.rounding else x
 
     def _average(self, ends: torch.Tensor) -> None:
-        """Move the range towards the `ends` of this batch, (2,); torch's fused operator, which sees no more of it."""
+        """Move the range towards the `ends` of this batch, (2,); torch's fused operator, which sees no more of it.
+
+        While the average starts, the range is widened first, and what it moves towards is the range itself.
+        """
+        starts = self.batches < START
+        self.batches.add_(starts)
+        reach = torch.stack((self.min_val, self.max_val))
+        reach = torch.where(starts, torch.stack((torch.minimum(reach[0], ends[0]), torch.maximum(reach[1], ends[1]))), reach)
+        ends = torch.where(starts, reach, ends)
+        self.min_val.copy_(reach[0])
+        self.max_val.copy_(reach[1])
         torch.fused_moving_avg_obs_fake_quant(
             ends,
             self.observer_enabled,
@@ -240,8 +255,11 @@ class ActivationQuantizer(FakeQuantizeBase):
         if wide or ends.device.type != "cpu" or float(self.scale) <= TORCHS_SMALLEST:  # else a read, which a GPU would wait for
             self._set_scale()
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        low = state_dict.get(prefix + "min_val")
+        if low is not None:  # a checkpoint of the time when the average started from the first batch
+            state_dict.setdefault(prefix + "batches", torch.tensor(START if bool(torch.isfinite(low)) else 0))
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self._mirror()
 
     def extra_repr(self) -> str:
