@@ -7,7 +7,7 @@ from torch import nn
 import torchopt
 from torchopt import Quantize, Rule
 from torchopt.export import graph
-from torchopt.quantize.layers.activations import FixedQuantize
+from torchopt.quantize.layers.rounding import FixedQuantize
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
 

@@ -34,8 +34,8 @@ from torchopt.export.difference import CLOSE, all_close, apart, close, figures, 
 from torchopt.export.first_difference import differences
 from torchopt.export.rounding_by_rounding import File, Forced, Step, disturbed
 from torchopt.network.proof import undisturbed
-from torchopt.quantize.layers.activations import FixedQuantize
 from torchopt.quantize.layers.dynamic import DynamicLinear
+from torchopt.quantize.layers.rounding import FixedQuantize
 
 IN_BLOCKS = 0.05  # the same where ONNX Runtime rounds the input of products in blocks to 8 bits (`passes/block_weights.py`)
 BEYOND, SHARE = 1.0, 1e-3  # steps, and the share of values that may be further apart

@@ -26,10 +26,10 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from torchopt.quantize.graph.naming import name_of_value
-from torchopt.quantize.layers.activations import FixedQuantize
 from torchopt.quantize.layers.dynamic import DynamicLinear, dynamic_round
 from torchopt.quantize.layers.input_rounded import Rounded
 from torchopt.quantize.layers.kernels import IntegerKernel
+from torchopt.quantize.layers.rounding import FixedQuantize
 
 MOVES = {"Transpose", "Reshape", "Slice", "Clip"}
 DYNAMIC = ""  # stands for all layers that round at run time, in the order of their calls: their nodes name no module

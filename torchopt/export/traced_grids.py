@@ -15,7 +15,7 @@ import torch
 from onnxscript.values import Op, Opset
 from torch import nn
 
-from torchopt.quantize.layers.activations import FixedQuantize
+from torchopt.quantize.layers.rounding import FixedQuantize
 
 _LIBRARY = torch.library.Library("torchopt", "DEF")
 _LIBRARY.define("round_to_grid(Tensor x, Tensor scale, Tensor zero_point) -> Tensor")

@@ -15,12 +15,13 @@ from torchopt.quantize.corrections.table_scales import (
     turn_channels,
 )
 from torchopt.quantize.graph.functional import beside
-from torchopt.quantize.layers.activations import ActivationQuantizer, FixedQuantize
+from torchopt.quantize.layers.activations import ActivationQuantizer
 from torchopt.quantize.layers.attention import can_open, open_attentions
 from torchopt.quantize.layers.dynamic import DynamicLinear
 from torchopt.quantize.layers.input_rounded import Rounded
 from torchopt.quantize.layers.kernels import IntegerKernel, link_kernels
 from torchopt.quantize.layers.read_elsewhere import round_for_readers, stop_rounding
+from torchopt.quantize.layers.rounding import FixedQuantize
 from torchopt.quantize.observers.own import ImportedObserver, OwnObserver
 
 __all__ = [

@@ -14,12 +14,13 @@ from torchopt.network.surgery import module_of, set_module
 from torchopt.quantize.graph.dropout import Regularizer
 from torchopt.quantize.graph.fuse import activation_of, ends_of
 from torchopt.quantize.graph.naming import name_of_value
-from torchopt.quantize.layers.activations import ActivationQuantizer, FixedQuantize
+from torchopt.quantize.layers.activations import ActivationQuantizer
 from torchopt.quantize.layers.bare_weights import WEIGHTS_LATER, snapped, weights_later
 from torchopt.quantize.layers.float_layers import LEFT
 from torchopt.quantize.layers.kernels import IntegerKernel, link_kernels
 from torchopt.quantize.layers.modules import Fused
 from torchopt.quantize.layers.recurrent import QuantizedRecurrent
+from torchopt.quantize.layers.rounding import FixedQuantize
 
 
 def bake(model: nn.Module) -> nn.Module:

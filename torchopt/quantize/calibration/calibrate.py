@@ -30,7 +30,7 @@ from torchopt.state.counter import find_state
 def synchronize(model: nn.Module) -> None:
     """Give every activation range what one process would have seen: the ends over all ranks, in one reduction.
 
-    Moving averages are monotonic in what a batch ranges over, so the widest of the ranks' averages is the average of the whole
+    Unions and moving averages are monotonic in what a batch ranges over, so the widest of the ranks' averages is the average of the whole
     batches' ranges. Ranges that the ranks agree on stay untouched, and with them scales that were learned since.
     """
     quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer) and not m.fixed and m.calibrated]
@@ -40,7 +40,7 @@ def synchronize(model: nn.Module) -> None:
     dist.all_reduce(ends, dist.ReduceOp.MIN)
     for quantizer, (low, minus_high, minus_other_low, other_high) in zip(quantizers, ends.cpu(), strict=True):
         if low != -minus_other_low or other_high != -minus_high:
-            quantizer.set_range(low, -minus_high)
+            quantizer.represent(low, -minus_high)
 
 
 def observes(model: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Quantizers of activations: the one that trains and observes, and the fixed one that a finalized model keeps.
+"""The quantizer of activations that trains and observes; the one that a finalized model keeps is `rounding.py`'s.
 
     x̂ = s · (clamp(round(x / s) + z, q_min, q_max) − z)        s = (hi − lo) / (q_max − q_min)
 
@@ -11,10 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from torchopt.errors import DataError, StateError
-from torchopt.quantize.layers.kernels import Affine
+from torchopt.quantize.layers.kernels import Affine, affine_of
 from torchopt.quantize.layers.rounding import fake_quantize, in_memory_order
 from torchopt.quantize.observers import make
 from torchopt.quantize.torch_ao import FakeQuantizeBase
@@ -22,10 +21,6 @@ from torchopt.quantize.torch_ao import FakeQuantizeBase
 TRAINING_MOMENTUM = 0.01  # torch.ao's averaging constant: ranges follow about the last hundred steps
 START = 10  # batches whose extremes are joined first: the average would keep the first batch's range, short by its few samples
 APART = 0.01  # of the scale: averages of ends and scale drift apart by their roundings, and no further
-HALVED = (
-    "quantize: the finalized model was made {}, and its integers are of float32 values; use it as finalize gave it (an input in float32), "
-    "or quantize the float network with mode='float16'"
-)
 TORCHS_SMALLEST = 6.2e-5  # its operator gives no scale below 6.1e-5: small activations, and 16 bits, would lose their last bits
 SMALLEST_SCALE = 2.0**-24  # keeps bias / (s_x · s_w) inside int32 for constant activations
 
@@ -152,7 +147,16 @@ class ActivationQuantizer(FakeQuantizeBase):
             self._set_scale()
 
     def set_range(self, low: torch.Tensor, high: torch.Tensor) -> None:
-        """Represent [low, high] from now on.
+        """Represent [low, high] from now on, known from data: an average that follows starts here.
+
+        Raises:
+            DataError: the range is not finite.
+        """
+        self.represent(low, high)
+        self.batches.fill_(START)
+
+    def represent(self, low: torch.Tensor, high: torch.Tensor) -> None:
+        """Represent [low, high], however many batches an average has seen.
 
         Raises:
             DataError: the range is not finite.
@@ -161,7 +165,6 @@ class ActivationQuantizer(FakeQuantizeBase):
             raise DataError(f"calibrate: an activation ranges over [{float(low)}, {float(high)}]; finite data is needed")
         self.min_val.copy_(low)
         self.max_val.copy_(high)
-        self.batches.fill_(START)
         self._set_scale()
         self.ready = True
 
@@ -182,7 +185,7 @@ class ActivationQuantizer(FakeQuantizeBase):
         """Return the grid as evaluation uses it; None while it is not known or not used, or wider than integer kernels take."""
         if self.training or self.calibrating or not (self.ready and self.rounding):
             return None
-        return _affine(self.scale.detach().clamp(min=SMALLEST_SCALE), self.zero_point, self.quant_min, self.quant_max)
+        return affine_of(self.scale.detach().clamp(min=SMALLEST_SCALE), self.zero_point, self.quant_min, self.quant_max)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Observe where asked, then round where asked; x of any shape, float."""
@@ -265,97 +268,3 @@ class ActivationQuantizer(FakeQuantizeBase):
     def extra_repr(self) -> str:
         """Grid and range."""
         return f"{self.quant_min}…{self.quant_max}, range [{float(self.min_val):.4g}, {float(self.max_val):.4g}]"
-
-
-class FixedQuantize(nn.Module):
-    """Rounds to a fixed integer grid; exports to QuantizeLinear and DequantizeLinear.
-
-    Args:
-        scale: float32, 0-d.
-        zero_point: integer, 0-d.
-        qmin: the smallest integer.
-        qmax: the largest.
-
-    Example:
-        >>> FixedQuantize(torch.tensor(0.5), torch.tensor(0), 0, 255)(torch.tensor([-1.0, 0.7, 1000.0]))
-        tensor([  0.0000,   0.5000, 127.5000])
-    """
-
-    scale: torch.Tensor
-    zero_point: torch.Tensor
-
-    def __init__(self, scale: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int) -> None:
-        super().__init__()
-        self.qmin, self.qmax = qmin, qmax
-        self.register_buffer("scale", scale.detach().to(torch.float32).reshape(()).clone())
-        self.register_buffer("zero_point", zero_point.detach().reshape(()).to(_storage(qmin, qmax)).clone())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the nearest representable values; x of any shape, float32.
-
-        Raises:
-            StateError: the model was moved to another precision.
-        """
-        if self.scale.dtype != torch.float32:
-            raise StateError(HALVED.format(str(self.scale.dtype).removeprefix("torch.")))
-        if torch.onnx.is_in_onnx_export():
-            return self._onnx(x)
-        if torch.compiler.is_exporting():
-            grid = self.scale, self.zero_point, self.qmin, self.qmax, self.zero_point.dtype
-            codes = torch.ops.quantized_decomposed.quantize_per_tensor.tensor(x, *grid)
-            return torch.ops.quantized_decomposed.dequantize_per_tensor.tensor(codes, *grid)
-        return fake_quantize(x, self.scale, self.zero_point.to(torch.int32), self.qmin, self.qmax)
-
-    def affine(self) -> Affine | None:
-        """Return the grid; None where it is wider than integer kernels take."""
-        return _affine(self.scale, self.zero_point, self.qmin, self.qmax)
-
-    def _onnx(self, x: torch.Tensor) -> torch.Tensor:
-        """The pair of ONNX operators itself, with `scale` and `zero_point` as its initializers."""
-        codes = torch.onnx.ops.symbolic(
-            "QuantizeLinear", [x, self.scale, self.zero_point], dtype=self.zero_point.dtype, shape=x.shape
-        )
-        return torch.onnx.ops.symbolic(
-            "DequantizeLinear", [codes, self.scale, self.zero_point], dtype=torch.float32, shape=x.shape
-        )
-
-    @classmethod
-    def of(cls, quantizer: ActivationQuantizer) -> FixedQuantize:
-        """Return the fixed quantizer on the grid that one has found."""
-        return cls(*quantizer.calculate_qparams(), quantizer.quant_min, quantizer.quant_max)
-
-    def describe(self) -> list[int]:
-        """Return what the buffers do not hold: [qmin, qmax]."""
-        return [self.qmin, self.qmax]
-
-    @classmethod
-    def described(cls, ends: list[int]) -> FixedQuantize:
-        """Return a quantizer with these ends whose buffers a state is to be loaded into.
-
-        Example:
-            >>> FixedQuantize.described([0, 255]).qmax
-            255
-        """
-        return cls(torch.ones(()), torch.zeros((), dtype=torch.int32), *ends)
-
-    def codes(self, value: float) -> int:
-        """Return the integer that `value` rounds to."""
-        return int(self._codes(torch.tensor(value, dtype=torch.float32)))
-
-    def _codes(self, x: torch.Tensor) -> torch.Tensor:
-        return (torch.round(x / self.scale) + self.zero_point.to(torch.int32)).clamp(self.qmin, self.qmax)
-
-    def extra_repr(self) -> str:
-        """Grid, scale and zero point."""
-        return f"{self.qmin}…{self.qmax}, scale={float(self.scale):.4g}, zero_point={int(self.zero_point)}"
-
-
-def _affine(scale: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int) -> Affine | None:
-    return Affine(scale.reshape(()), zero_point.reshape(()).float(), qmin, qmax) if qmax - qmin < 256 else None
-
-
-def _storage(qmin: int, qmax: int) -> torch.dtype:
-    """The integer type whose whole range is [qmin, qmax], or that holds it."""
-    if qmin < 0:
-        return torch.int8 if qmax < 128 else torch.int16
-    return torch.uint8 if qmax < 256 else torch.uint16

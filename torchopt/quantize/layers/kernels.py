@@ -46,6 +46,11 @@ class Affine(NamedTuple):
         return torch.round(x / self.scale)
 
 
+def affine_of(scale: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int) -> Affine | None:
+    """Return the grid of a quantizer's buffers; None where it is wider than integer kernels take."""
+    return Affine(scale.reshape(()), zero_point.reshape(()).float(), qmin, qmax) if qmax - qmin < 256 else None
+
+
 def convolution(y: torch.Tensor, step: torch.Tensor, out: Affine) -> torch.Tensor:
     """Return q + z of a layer's result y; `step` is s_x·s_w, in a shape that multiplies y."""
     n = torch.round(y / step)
