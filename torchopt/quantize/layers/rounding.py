@@ -174,7 +174,8 @@ class FixedQuantize(nn.Module):
     @classmethod
     def of(cls, quantizer: Any) -> FixedQuantize:
         """Return the fixed quantizer on the grid that an `ActivationQuantizer` has found."""
-        return cls(*quantizer.calculate_qparams(), quantizer.quant_min, quantizer.quant_max)
+        scale, zero_point = quantizer.calculate_qparams()
+        return cls(scale, zero_point, quantizer.quant_min, quantizer.quant_max)
 
     def describe(self) -> list[int]:
         """Return what the buffers do not hold: [qmin, qmax]."""
