@@ -24,7 +24,7 @@ ROOMS = [
     {"rules", "compress", "onnx_to_onnx", "from_torch_ao"},
     {"models", "data", "train", "integrations"},
     {"recipe", "report"},
-    {"run"},
+    {"run", "search"},
     {"cli", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from torchopt.report import Report, report
     from torchopt.rules import Rule
     from torchopt.runtime import Placement, Timing, Verdict, benchmark, inspect, verify
+    from torchopt.search.choices import Choices
+    from torchopt.search.sensitivity import sensitivity
+    from torchopt.search.table import Sensitivity
     from torchopt.state.moving_average import ema_multi_avg_fn
 
 lazy(
@@ -53,6 +56,9 @@ lazy(
         "torchopt.report": ("Report", "report"),
         "torchopt.rules": ("Rule",),
         "torchopt.runtime": ("Placement", "Timing", "Verdict", "benchmark", "inspect", "verify"),
+        "torchopt.search.choices": ("Choices",),
+        "torchopt.search.sensitivity": ("sensitivity",),
+        "torchopt.search.table": ("Sensitivity",),
         "torchopt.state.moving_average": ("ema_multi_avg_fn",),
     },
 )
@@ -60,6 +66,7 @@ lazy(
 __version__ = "0.1.0"
 
 __all__ = [
+    "Choices",
     "Cluster",
     "CompressedFile",
     "ConfigError",
@@ -79,6 +86,7 @@ __all__ = [
     "Report",
     "Rule",
     "RuleError",
+    "Sensitivity",
     "StateError",
     "TargetError",
     "Timing",
@@ -101,6 +109,7 @@ __all__ = [
     "report",
     "save",
     "save_ranges",
+    "sensitivity",
     "shrink",
     "step",
     "unpack",

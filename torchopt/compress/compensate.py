@@ -106,6 +106,14 @@ def compensate(
     quantization.settle_scales(model)
 
 
+@torch.no_grad()
+def compensate_one(model: nn.Module, one: Held, inputs: list[Tensor]) -> None:
+    """Give back, in place, what a mask and a table take from one layer, from what it reads in the float network."""
+    with quantization.unrounded_all(model):
+        _learn(one, inputs, inputs)
+    quantization.settle_scales(model)
+
+
 def _beside(origin: nn.Module | None, held: Sequence[Held], calls: Sequence[Call]) -> Callable[[str], list[Tensor] | None]:
     """Return what gives each layer's inputs in the float network, in the order of its calls; None for one that is not there."""
     modules = {} if origin is None else dict(origin.named_modules())

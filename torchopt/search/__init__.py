@@ -1,0 +1,6 @@
+"""What each layer may become, what that costs, and which choice for all of them together meets a budget."""
+
+from torchopt.search.choices import Choices as Choices
+from torchopt.search.choices import Option as Option
+from torchopt.search.sensitivity import sensitivity as sensitivity
+from torchopt.search.table import Sensitivity as Sensitivity
