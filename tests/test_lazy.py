@@ -14,7 +14,7 @@ import pytest
 
 import torchopt
 
-HIDDEN = ["export", "from_torch_ao", "pack", "report"]  # functions with the name of a folder
+HIDDEN = ["export", "from_torch_ao", "pack", "report", "search"]  # functions with the name of a folder
 HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "torchvision", "torch_pruning", "sklearn", "scipy")
 
 

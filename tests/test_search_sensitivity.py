@@ -10,11 +10,11 @@ from torch import nn
 import torchopt
 from torchopt.codecs import encode
 from torchopt.errors import ConfigError, DataError, ModelError
-from torchopt.search import trial
 from torchopt.search.choices import Choices, Option
-from torchopt.search.journal import Journal, digest
 from torchopt.search.knapsack import Candidate, choose
-from torchopt.search.sizes import Size, sizes, total
+from torchopt.search.layers import trial
+from torchopt.search.layers.journal import Journal, digest
+from torchopt.search.layers.sizes import Size, sizes, total
 
 FEW = Choices(sparsities=(0.5,), values=(16, 4))
 
@@ -112,7 +112,7 @@ def test_bytes_are_the_codecs_own(net):
 
 
 def test_time_is_measured_once_a_shape(data, tmp_path, monkeypatch):
-    from torchopt.search import latency
+    from torchopt.search.layers import latency
 
     net, few = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).eval(), Choices(sparsities=(), values=(4,))
     found = torchopt.sensitivity(net, batches=data[:8], choices=few, latency=True, cache=tmp_path)

@@ -34,8 +34,10 @@ if TYPE_CHECKING:
     from torchopt.rules import Rule
     from torchopt.runtime import Placement, Timing, Verdict, benchmark, inspect, verify
     from torchopt.search.choices import Choices
+    from torchopt.search.layers.table import Sensitivity
+    from torchopt.search.result import SearchResult
+    from torchopt.search.search import search
     from torchopt.search.sensitivity import sensitivity
-    from torchopt.search.table import Sensitivity
     from torchopt.state.moving_average import ema_multi_avg_fn
 
 lazy(
@@ -57,8 +59,10 @@ lazy(
         "torchopt.rules": ("Rule",),
         "torchopt.runtime": ("Placement", "Timing", "Verdict", "benchmark", "inspect", "verify"),
         "torchopt.search.choices": ("Choices",),
+        "torchopt.search.result": ("SearchResult",),
+        "torchopt.search.search": ("search",),
         "torchopt.search.sensitivity": ("sensitivity",),
-        "torchopt.search.table": ("Sensitivity",),
+        "torchopt.search.layers.table": ("Sensitivity",),
         "torchopt.state.moving_average": ("ema_multi_avg_fn",),
     },
 )
@@ -86,6 +90,7 @@ __all__ = [
     "Report",
     "Rule",
     "RuleError",
+    "SearchResult",
     "Sensitivity",
     "StateError",
     "TargetError",
@@ -109,6 +114,7 @@ __all__ = [
     "report",
     "save",
     "save_ranges",
+    "search",
     "sensitivity",
     "shrink",
     "step",

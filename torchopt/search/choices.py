@@ -48,16 +48,18 @@ class Option:
         words += [f"{self.bits} bits"] if self.bits != 8 or not words else []
         return ", ".join(words)
 
-    def rule(self, weight: Weight, mode: str = "static") -> Rule:
+    def rule(self, weight: Weight, mode: str = "static", *, trains: bool = False) -> Rule:
         """Return the rule that does this to one weight.
 
         Args:
             weight: which.
             mode: of `Quantize`: "static", or "weight_only" for float activations.
+            trains: whether training follows; else the solver chooses the zeros.
         """
         if self.bits is None:
             return Rule(weight.name)
-        score = "hessian" if readable(weight.module) and weight.param == "weight" else "magnitude"
+        solved = readable(weight.module) and weight.param == "weight" and not trains
+        score = "hessian" if solved else "magnitude"
         prune = Prune(schedule=self.sparsity, score=score, include_depthwise=True) if self.sparsity else None  # type: ignore[arg-type]
         count = None if self.values is None else self.values + (self.sparsity > 0)  # a mask's zero stands beside the values
         cluster = None if count is None else Cluster(n_clusters=count, include_depthwise=True)
@@ -112,6 +114,5 @@ class Choices:
         found = [Option(bits=None)] if self.keep_float else []
         found += [Option(bits=bits) for bits in sorted(set(self.bits), reverse=True)]
         found += [Option(values=count) for count in many]
-        return found + [
-            Option(sparsity=s, values=count) for s in sorted({s for s in self.sparsities if s}) for count in few or [None]
-        ]
+        under: Sequence[int | None] = few or (None,)
+        return found + [Option(sparsity=s, values=count) for s in sorted({s for s in self.sparsities if s}) for count in under]

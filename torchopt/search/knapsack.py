@@ -17,7 +17,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
 from torchopt.search.choices import Option
-from torchopt.search.sizes import Size
+from torchopt.search.layers.sizes import Size
 
 GAP = 1e-4  # of the cost: how near to the best is proved
 

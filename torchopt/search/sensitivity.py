@@ -26,11 +26,11 @@ from torchopt.process.ordinary import alone
 from torchopt.process.random_state import random_state_kept
 from torchopt.quantize.calibration.batch_slices import part
 from torchopt.search.choices import Choices, Option
-from torchopt.search.journal import Journal, digest, digest_of, folder_of
-from torchopt.search.latency import latencies
-from torchopt.search.samples import JUDGE, Samples, outputs, split
-from torchopt.search.table import Row, Sensitivity
-from torchopt.search.trial import Trial, trials
+from torchopt.search.layers.journal import Journal, digest, digest_of, folder_of
+from torchopt.search.layers.latency import latencies
+from torchopt.search.layers.samples import JUDGE, Samples, outputs, split
+from torchopt.search.layers.table import Row, Sensitivity
+from torchopt.search.layers.trial import Trial, trials
 
 ARITHMETIC = 8e9  # multiply-adds for the outputs of one option: large networks are judged by fewer samples
 FEWEST = 16

@@ -27,8 +27,8 @@ from torchopt.network.weights import Weight, weights
 from torchopt.quantize import Quantize
 from torchopt.rules import Rule
 from torchopt.runtime import benchmark
-from torchopt.search.journal import Journal, digest
-from torchopt.search.table import Sensitivity
+from torchopt.search.layers.journal import Journal, digest
+from torchopt.search.layers.table import Sensitivity
 
 REPEATS = 15
 

@@ -14,7 +14,7 @@ from torchopt.errors import ConfigError
 from torchopt.io.files import write_text
 from torchopt.io.importing import unnoticed
 from torchopt.search.choices import Option
-from torchopt.search.sizes import Size
+from torchopt.search.layers.sizes import Size
 
 with unnoticed():
     from rich.console import Console

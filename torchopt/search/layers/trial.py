@@ -22,8 +22,8 @@ from torchopt.errors import TorchoptError
 from torchopt.network.weights import Weight
 from torchopt.quantize.calibration.batch_slices import kept
 from torchopt.search.choices import Option
-from torchopt.search.samples import LEARN, Samples, loss, outputs
-from torchopt.search.sizes import Size, pareto, sizes
+from torchopt.search.layers.samples import LEARN, Samples, loss, outputs
+from torchopt.search.layers.sizes import Size, pareto, sizes
 from torchopt.solver.positions import readable
 
 

@@ -1,0 +1,1 @@
+"""Single layers: what each costs by itself, measured once and kept."""

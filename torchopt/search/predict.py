@@ -1,0 +1,123 @@
+"""What a choice will cost, from what single layers cost, corrected by what whole choices were measured to cost.
+
+    noise  =  n0 + Σ f_layer · noise of the layer alone        f ≥ 0, 1 until points say otherwise
+    bytes  =  b0 + Σ bytes of the tensors + functions          b0: graph, biases, scales
+    time   =  t0 · Σ time of the layers
+
+Layers act on one another: what one rounds, the next may repair or amplify. The factors are fitted to the points measured so far by least
+squares in relative errors, drawn to 1 so that few points move them little.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.optimize import nnls
+
+from torchopt.search.choices import Option
+from torchopt.search.composed import Point
+from torchopt.search.knapsack import Candidate, choose
+from torchopt.search.layers.sizes import Size, total
+from torchopt.search.layers.table import Sensitivity
+
+DRAWN = 0.3  # how much a factor is drawn to 1, against one point's relative error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The model of costs: candidates as measured alone, and what corrects them."""
+
+    candidates: list[Candidate]
+    factors: Mapping[str, float]
+    noise: float = 0.0
+    overhead: float = 0.0
+    pace: float = 1.0
+
+    @staticmethod
+    def of(found: Sensitivity) -> Model:
+        """Before any point is measured."""
+        candidates = [
+            Candidate(layer=row.layer, option=row.option, loss=row.loss, size=size, latency=row.latency_ms or 0.0)
+            for rows in found.layers().values()
+            for row in rows
+            for size in row.sizes
+        ]
+        return Model(candidates=candidates, factors={})
+
+    def learned(self, points: Sequence[Point], *, trains: bool = False) -> Model:
+        """Corrected by what was measured; noise only where nothing is trained, which takes most of it away again."""
+        layers = list(dict.fromkeys(c.layer for c in self.candidates))
+        alone = {(c.layer, c.option): c.loss for c in self.candidates}
+        rows, wanted = [], []
+        for point in points:
+            if 0 < point.loss < math.inf and not trains:
+                rows.append([1.0 / point.loss, *(alone[layer, point.chosen[layer]] / point.loss for layer in layers)])
+                wanted.append(1.0)
+        pulls = np.hstack([np.zeros((len(layers), 1)), DRAWN * np.eye(len(layers))])
+        solution, _ = nnls(np.vstack([np.array(rows).reshape(-1, len(layers) + 1), pulls]), [*wanted, *[DRAWN] * len(layers)])
+        last = points[-1]
+        made = replace(self, factors=dict(zip(layers, solution[1:], strict=True)), noise=float(solution[0]))
+        spent = sum({(c.layer, c.option): c.latency for c in self.candidates}[layer, last.chosen[layer]] for layer in layers)
+        pace = last.latency_ms / spent if last.latency_ms and spent else self.pace
+        return replace(made, overhead=last.bytes - made._tensors(last.chosen), pace=pace)
+
+    def best(
+        self, minimize: str, *, loss: float = math.inf, bytes: float = math.inf, latency: float = math.inf
+    ) -> dict[str, Option] | None:
+        """The best choice under limits on the whole; None where there is none."""
+        given = [replace(c, loss=c.loss * self.factors.get(c.layer, 1.0)) for c in self.candidates]
+        limits = {"loss": loss - self.noise, "bytes": bytes - self.overhead, "latency": latency / self.pace}
+        if min(limits["loss"], limits["bytes"]) < 0:
+            return None
+        found = choose(given, minimize=minimize, **limits)
+        return None if found is None else {layer: c.option for layer, c in found.items()}
+
+    def loss(self, chosen: Mapping[str, Option]) -> float:
+        """The noise to expect."""
+        alone = {(c.layer, c.option): c.loss for c in self.candidates}
+        return self.noise + sum(self.factors.get(layer, 1.0) * alone[layer, option] for layer, option in chosen.items())
+
+    def bytes(self, chosen: Mapping[str, Option]) -> float:
+        """The size of the file to expect."""
+        return self.overhead + self._tensors(chosen)
+
+    def latency(self, chosen: Mapping[str, Option]) -> float:
+        """The milliseconds to expect."""
+        alone = {(c.layer, c.option): c.latency for c in self.candidates}
+        return self.pace * sum(alone[layer, option] for layer, option in chosen.items())
+
+    def alone(self, layer: str, option: Option) -> float:
+        """The noise of one layer under one option, by itself."""
+        return {(c.layer, c.option): c.loss for c in self.candidates}[layer, option]
+
+    def has(self, layer: str, option: Option) -> bool:
+        """Whether a layer may have an option."""
+        return any((c.layer, c.option) == (layer, option) for c in self.candidates)
+
+    def floating(self, layers: Collection[str]) -> Model:
+        """The same with some layers float in every choice."""
+        return replace(self, candidates=[c for c in self.candidates if c.layer not in layers or c.option.bits is None])
+
+    def smallest(self) -> dict[str, Option]:
+        """The choice of the fewest bytes."""
+        found = self.best("bytes")
+        assert found is not None
+        return found
+
+    def largest(self) -> dict[str, Option]:
+        """Every layer with its most bits, none float."""
+        first: dict[str, Option] = {}
+        for c in self.candidates:
+            if c.layer not in first or first[c.layer].bits is None:
+                first[c.layer] = c.option
+        return first
+
+    def _tensors(self, chosen: Mapping[str, Option]) -> int:
+        """The least bytes of the tensors of a choice, functions included."""
+        given = [c for c in self.candidates if chosen[c.layer] == c.option]
+        found = choose(given, minimize="bytes")
+        sizes: list[Size] = [] if found is None else [c.size for c in found.values()]
+        return total(sizes)
