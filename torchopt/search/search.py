@@ -95,12 +95,10 @@ def search(
         max_drop: how far the score may fall below the float network's, in its own units: 0.005 is half a point of an accuracy in [0, 1].
         max_bytes: of the file; the best network that fits is looked for.
         max_latency_ms: of one call in ONNX Runtime on this machine; the best network that keeps it is looked for.
-        evaluate: a score of a model, higher for better, on data that is not in `batches`. Left out, it is the share of held-back samples
-            whose answer stays the float network's.
+        evaluate: a score of a model, higher for better; left out, the share of held-back samples whose answer stays float's.
         example_inputs: one call's arguments; the first sample where left out.
         objective: what becomes small under `max_drop`: "size" or "latency".
-        train: `train(prepared, share)` fine-tunes a prepared network in place, for a share of its full course, calling `torchopt.step`
-            after each optimizer step; candidates get a fifth, the winner all of it.
+        train: `train(prepared, share)` fine-tunes in place, with `torchopt.step`: a fifth of the course for candidates, all for the winner.
         choices: what each layer is tried with.
         target: as for `export`.
         trials: whole networks to make and measure, at most.
@@ -114,7 +112,7 @@ def search(
 
     Raises:
         ConfigError: no limit, or several; one that is out of its range; an unknown objective.
-        DataError: too few samples; a score that is not finite, that is better for a ruined network, or whose noise hides `max_drop`.
+        DataError: too few samples; a score that is not finite, better for a ruined network, or so noisy that it hides `max_drop`.
         TargetError: the limit cannot be met; the nearest point is told.
 
     Example:
@@ -127,11 +125,21 @@ def search(
     goal = _checked(max_drop, max_bytes, max_latency_ms, objective, trials)
     plain = plain_of(model)
     samples = split(plain, batches, arguments(example_inputs))
-    example = arguments(example_inputs) or first_sample(samples)
-    if example is None:
-        raise StateError("search: batches are dicts, whose order of arguments is not known; give example_inputs=(x,)")
+    example = _example(samples, arguments(example_inputs))
     asked = _Asked(goal=goal, choices=choices or Choices(), target=target, trials=trials, cache=folder_of(cache), folder=folder)
     return _searched(plain, samples, example, evaluate, train, asked, said or (lambda point: None), progress=progress)
+
+
+def _example(samples: Samples, given: tuple[Any, ...] | None) -> tuple[Any, ...]:
+    """One call's arguments.
+
+    Raises:
+        StateError: they are not known.
+    """
+    example = given or first_sample(samples)
+    if example is None:
+        raise StateError("search: batches are dicts, whose order of arguments is not known; give example_inputs=(x,)")
+    return example
 
 
 def _searched(
