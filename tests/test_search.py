@@ -15,7 +15,7 @@ from torchopt.recipe import parse
 from torchopt.search import composed
 from torchopt.search.choices import Choices
 
-FEW = Choices(sparsities=(0.5, 0.8), values=(16, 4))
+FEW = Choices(sparsities=(0.8,), values=(16, 4))
 DATA = Digits().load()
 BATCHES = list(DATA.train_inputs[:256].split(64))
 

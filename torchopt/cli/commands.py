@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from torchopt.cli.onnx_commands import COMMANDS, as_json
+from torchopt.cli.search_command import search
 from torchopt.cli.terminal import Stopped, complain, plain, reason_of, show, table, take_any_encoding, take_signals, tidy_output
 from torchopt.errors import ConfigError, FileError, TorchoptError
 from torchopt.io.files import check_place
@@ -36,7 +37,7 @@ def app() -> None:
     """Prune, cluster and quantize PyTorch models; export one small ONNX file that ONNX Runtime runs fast."""
 
 
-for command in COMMANDS:
+for command in (*COMMANDS, search):
     app.add_command(command)
 
 
@@ -194,7 +195,9 @@ def status(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except Stopped as stopped:
         if stopped.name != "SIGPIPE":
-            complain(f"stopped by {stopped.name}{'; the same command with --resume goes on' if given[:1] == ['run'] else ''}")
+            complain(
+                f"stopped by {stopped.name}{'; the same command with --resume goes on' if given[:1] in (['run'], ['search']) else ''}"
+            )
         return 128 + stopped.number
     except TorchoptError as error:
         complain(str(error))

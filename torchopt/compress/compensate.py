@@ -22,10 +22,11 @@ from torchopt import quantize as quantization
 from torchopt.cluster import SharedWeights
 from torchopt.cluster.straight import on_grid
 from torchopt.compress.in_step import Call, in_step
+from torchopt.compress.seen import Seen
 from torchopt.errors import ModelError
 from torchopt.io.progress import track
 from torchopt.network.weights import Weight, weights
-from torchopt.solver import Problem, aimed, fit_table, fix_zeros, means, moments, products, round_to
+from torchopt.solver import Problem, aimed, fit_table, fix_zeros, round_to
 from torchopt.solver.positions import as_rows, from_rows, readable
 from torchopt.solver.sweep import DAMPING
 from torchopt.solver.values import Table
@@ -98,7 +99,7 @@ def compensate(
             for layer, inputs in track(in_step(model, list(by_layer), calls), "compensate", enabled=progress):
                 one = by_layer[layer]
                 try:
-                    _learn(one, inputs, floats(one.weight.module_name) or inputs)
+                    _learn(one, Seen.of(layer, inputs, floats(one.weight.module_name)))
                 except ModelError as error:
                     raise ModelError(f"one_shot: {one.weight.name}: {error}") from None
     finally:
@@ -107,10 +108,10 @@ def compensate(
 
 
 @torch.no_grad()
-def compensate_one(model: nn.Module, one: Held, inputs: list[Tensor]) -> None:
+def compensate_one(model: nn.Module, one: Held, seen: Seen) -> None:
     """Give back, in place, what a mask and a table take from one layer, from what it reads in the float network."""
     with quantization.unrounded_all(model):
-        _learn(one, inputs, inputs)
+        _learn(one, seen)
     quantization.settle_scales(model)
 
 
@@ -134,16 +135,14 @@ def _beside(origin: nn.Module | None, held: Sequence[Held], calls: Sequence[Call
     return inputs
 
 
-def _learn(one: Held, inputs: list[Tensor], before: list[Tensor]) -> None:
+def _learn(one: Held, seen: Seen) -> None:
     """Find the weights of one layer, and what the mean of each channel lacks then; write both into it."""
-    layer = one.weight.module
-    h, cross = moments(layer, inputs), products(layer, before, inputs)
-    if one.weight.out_axis or not quantization.add_to_mean(layer):
-        _solve(one, h, cross)
+    layer, mean, wanted = one.weight.module, seen.mean, seen.wanted
+    if mean is None or wanted is None or not quantization.add_to_mean(layer):
+        _solve(one, seen.h, seen.cross)
         return
-    mean, wanted = means(layer, inputs), means(layer, before)  # what is left to the weights is what varies
-    original = one.original
-    signs = _solve(one, h - mean[:, :, None] * mean[:, None], cross - wanted[:, :, None] * mean[:, None])
+    original = one.original  # what is left to the weights is what varies
+    signs = _solve(one, seen.h - mean[:, :, None] * mean[:, None], seen.cross - wanted[:, :, None] * mean[:, None])
     original = original if signs is None else original * _along(signs, original, 0)
     sums = (as_rows(layer, w.float()) @ m[:, :, None] for w, m in ((original, wanted), (one.weight.value, mean)))
     before_that, now = (x.reshape(-1) for x in sums)

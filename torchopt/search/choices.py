@@ -84,7 +84,7 @@ class Choices:
         ['float', '8 bits', '16 values', '50% zeros, 16 values']
     """
 
-    sparsities: Sequence[float] = (0.5, 0.65, 0.8, 0.9)
+    sparsities: Sequence[float] = (0.65, 0.8, 0.9)
     values: Sequence[int] = (64, 32, 16, 8, 4, 2)
     bits: Sequence[int] = (8,)
     keep_float: bool = True
@@ -108,9 +108,9 @@ class Choices:
             raise ConfigError("Choices: got no bits and no values; at least one of bits=(8,) and values=(16,) is needed")
 
     def options(self) -> list[Option]:
-        """Return them, the largest first; more than 16 values under zeros, or fewer than 4 without, are only tried where no others are."""
+        """Return them, the largest first; more than 4 values under zeros, or fewer without, are only tried where no others are."""
         counts = sorted(set(self.values), reverse=True)
-        many, few = [c for c in counts if c >= 4] or counts, [c for c in counts if c <= 16] or counts
+        many, few = [c for c in counts if c >= 4] or counts, [c for c in counts if c <= 4] or counts
         found = [Option(bits=None)] if self.keep_float else []
         found += [Option(bits=bits) for bits in sorted(set(self.bits), reverse=True)]
         found += [Option(values=count) for count in many]

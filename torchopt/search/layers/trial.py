@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torchopt import cluster as clustering
 from torchopt import prune as pruning
 from torchopt.compress.compensate import compensate_one, held_weights
 from torchopt.compress.in_step import in_step
+from torchopt.compress.seen import Seen
 from torchopt.compress.verbs import finalize, prepare
 from torchopt.errors import TorchoptError
 from torchopt.network.weights import Weight
@@ -71,10 +72,11 @@ def trials(
     seen = set[Weight]()
     walked = [layer for layer, owned in by_layer.items() if readable(layer) and any(w.param == "weight" for w in owned)]
     for layer, inputs in in_step(plain, walked, kept(samples.learn, LEARN)):
+        known = Seen.of(layer, inputs)
         for weight in by_layer[layer]:
             seen.add(weight)
             for option in asked[weight]:
-                yield weight, option, _tried(plain, weight, option, samples, example, inputs)
+                yield weight, option, _tried(plain, weight, option, samples, example, known)
     for weight in asked:
         for option in asked[weight] if weight not in seen else ():
             yield weight, option, _tried(plain, weight, option, samples, example, None)
@@ -86,12 +88,12 @@ def _tried(
     option: Option,
     samples: Samples,
     example: tuple[Any, ...] | None,
-    inputs: list[Tensor] | None,
+    known: Seen | None,
 ) -> Trial:
     if option.bits is None:
         return Trial(loss=0.0, sizes=sizes(plain, weight.name), network=plain)
     try:
-        network = _compressed(plain, weight, option, example, inputs)
+        network = _compressed(plain, weight, option, example, known)
     except TorchoptError as error:
         return Trial(loss=float("inf"), sizes=[], reason=str(error))
     found = loss(outputs(network, samples.judge), samples.wanted)
@@ -100,13 +102,13 @@ def _tried(
 
 @torch.no_grad()
 def _compressed(
-    plain: nn.Module, weight: Weight, option: Option, example: tuple[Any, ...] | None, inputs: list[Tensor] | None
+    plain: nn.Module, weight: Weight, option: Option, example: tuple[Any, ...] | None, known: Seen | None
 ) -> nn.Module:
     """The plain network with one weight under an option."""
     ready = prepare(plain, [option.rule(weight, "weight_only")], example)
     held = held_weights(ready)
     if pruning.finish(ready):
         clustering.refit(ready, {})
-    if inputs is not None and held:
-        compensate_one(ready, held[0], inputs)
+    if known is not None and held:
+        compensate_one(ready, held[0], known)
     return finalize(ready, unfinished=True).eval()
