@@ -117,6 +117,7 @@ def test_a_killed_search_goes_on(net, cache, tmp_path, monkeypatch, found):
     assert [p.bytes for p in again.tried] == [p.bytes for p in found.tried[:3]]
 
 
+@pytest.mark.slow
 def test_the_best_of_a_size(net, cache, found):
     limit = found.point.bytes + 1500
     best = torchopt.search(net, max_bytes=limit, batches=BATCHES, choices=FEW, cache=cache, trials=3)
@@ -156,6 +157,7 @@ def test_a_drop_that_nothing_meets_names_the_nearest(net, cache):
         torchopt.search(net, max_drop=0.1, evaluate=evaluate, batches=BATCHES, choices=few, cache=cache, trials=4)
 
 
+@pytest.mark.slow
 def test_training_between(net, cache):
     """Candidates learn for a fifth, the winner in full."""
     shares = []

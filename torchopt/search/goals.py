@@ -18,6 +18,7 @@ from torchopt.search.predict import Model
 
 CLOSE = 0.04  # of the noise, or less than this in bytes: two points are next to each other
 ALIKE = 0.004
+WIDER = 1.3  # noise is not all of a score: a point with a little more may pass where another failed
 STEEP = (0.3, 0.7)  # where between a pass and a failure the next point may lie
 WITHIN = 0.995  # of a limit on bytes: near enough
 
@@ -80,25 +81,29 @@ def to_drop(search: Search, allowed: float) -> Point:
     )
     if search.tried(smallest) or search.drop(search.measure(smallest)) <= allowed:
         return _best(search, allowed)
-    low, high = 0.0, math.inf  # budgets that are known to pass and to fail though they gave points that were measured before
+    low, high = 0.0, math.inf  # budgets tried since the best point: none smaller came of the one, a failure of the other
     while len(search.points) < search.most:
-        passed = [p for p in search.points if search.drop(p) <= allowed]
-        start = max(passed, key=search.noise)
-        failed = [p for p in search.points if search.drop(p) > allowed and search.noise(p) > search.noise(start)]
-        if not failed:
+        start = _best(search, allowed)
+        worse = [p for p in search.points if search.drop(p) > allowed and _cost(search, p) < _cost(search, start)]
+        if not worse:
             break
-        end = min(failed, key=search.noise)
-        lower, upper = max(search.noise(start), low, 1e-12), min(search.noise(end), high)
-        if upper <= lower * (1 + CLOSE) or abs(end.bytes - start.bytes) < ALIKE * start.bytes:
+        end = max(worse, key=lambda p: _cost(search, p))  # the nearest failure on the way down
+        lower = max(search.noise(start), low, 1e-12)
+        upper = min(max(search.noise(end), search.noise(start) * WIDER), high)
+        if upper <= lower * (1 + CLOSE) or _cost(search, end) > (1 - ALIKE) * _cost(search, start):
             break
         budget = _between(lower, upper, search.drop(start), search.drop(end), allowed)
         chosen = search.model.best(search.minimize, loss=budget)
-        if chosen is None or (search.tried(chosen) and _passes(search, chosen, allowed)):
+        if chosen is None:
             low = budget
-        elif search.tried(chosen):
+            continue
+        point = next((p for p in search.points if p.chosen == chosen), None) or search.measure(chosen)
+        if search.drop(point) > allowed:
             high = budget
+        elif _best(search, allowed) is point and point is not start:
+            low, high = 0.0, math.inf
         else:
-            search.measure(chosen)
+            low = budget
     return _best(search, allowed)
 
 
@@ -186,15 +191,15 @@ def to_latency(search: Search, limit: float) -> Point:
     )
 
 
-def _passes(search: Search, chosen: dict[str, Option], allowed: float) -> bool:
-    return any(p.chosen == chosen and search.drop(p) <= allowed for p in search.points)
+def _cost(search: Search, point: Point) -> float:
+    """What the search makes small."""
+    return point.bytes if search.minimize == "bytes" else point.latency_ms or math.inf
 
 
 def _best(search: Search, allowed: float) -> Point:
     """The best point that passed."""
     passed = [p for p in search.points if search.drop(p) <= allowed]
-    key = {"latency": lambda p: (p.latency_ms or math.inf, p.bytes), "bytes": lambda p: (p.bytes, -p.score)}[search.minimize]
-    return min(passed, key=key)
+    return min(passed, key=lambda p: (_cost(search, p), p.bytes, -p.score))
 
 
 def _told(point: Point) -> str:
