@@ -20,7 +20,7 @@ ROOMS = [
     {"process", "fast", "network", "state"},
     {"channels", "solver"},
     {"prune", "cluster", "quantize"},
-    {"onnx_file", "pack", "export", "runtime"},
+    {"onnx_file", "pack", "export", "runtime", "c_code"},
     {"rules", "compress", "onnx_to_onnx", "from_torch_ao"},
     {"models", "data", "train", "integrations"},
     {"recipe", "report"},

@@ -18,6 +18,7 @@ from torchopt.errors import (
 from torchopt.io.lazy import lazy
 
 if TYPE_CHECKING:
+    from torchopt.c_code import CVerdict, verify_c
     from torchopt.cluster import Cluster
     from torchopt.compress.checkpoint import load, save
     from torchopt.compress.one_shot import one_shot
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 lazy(
     __name__,
     {
+        "torchopt.c_code": ("CVerdict", "verify_c"),
         "torchopt.cluster": ("Cluster",),
         "torchopt.compress.checkpoint": ("load", "save"),
         "torchopt.compress.one_shot": ("one_shot",),
@@ -70,6 +72,7 @@ lazy(
 __version__ = "0.1.0"
 
 __all__ = [
+    "CVerdict",
     "Choices",
     "Cluster",
     "CompressedFile",
@@ -120,4 +123,5 @@ __all__ = [
     "step",
     "unpack",
     "verify",
+    "verify_c",
 ]

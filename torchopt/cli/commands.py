@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from torchopt.cli.c_commands import size_of, verify_c
 from torchopt.cli.onnx_commands import COMMANDS, as_json
 from torchopt.cli.search_command import search
 from torchopt.cli.terminal import Stopped, complain, plain, reason_of, show, table, take_any_encoding, take_signals, tidy_output
@@ -37,7 +38,7 @@ def app() -> None:
     """Prune, cluster and quantize PyTorch models; export one small ONNX file that ONNX Runtime runs fast."""
 
 
-for command in (*COMMANDS, search):
+for command in (*COMMANDS, search, verify_c):
     app.add_command(command)
 
 
@@ -80,27 +81,45 @@ def check(recipe: str, settings: Sequence[str], as_json: bool) -> None:
 
 @app.command()
 @click.argument("source")
-@click.option("--out", required=True, metavar="FILE", help="The ONNX file to write.")
+@click.option("--out", required=True, metavar="FILE", help="The ONNX file to write; C code where it ends in .c.")
 @click.option("--input-shape", metavar="C,H,W", help="Shape of one input; needed for module:function.")
 @weights_file
 @targets
 @click.option("--pack", type=click.Choice(["auto", "yes", "no"]), default="auto", show_default=True, help="Write packed weights.")
 @click.option("--static-batch", is_flag=True, help="Fix the batch size at 1.")
+@click.option("--flash", metavar="BYTES", help="Of C code: refuse what takes more flash, such as 256k.")
+@click.option("--ram", metavar="BYTES", help="Of C code: refuse what takes more RAM, such as 64k.")
 @as_json
 def export(
-    source: str, out: str, input_shape: str | None, weights: str | None, target: str, pack: str, static_batch: bool, as_json: bool
+    source: str,
+    out: str,
+    input_shape: str | None,
+    weights: str | None,
+    target: str,
+    pack: str,
+    static_batch: bool,
+    flash: str | None,
+    ram: str | None,
+    as_json: bool,
 ) -> None:
-    """Write an ONNX file from SOURCE: the folder of a finished run, or module:function."""
+    """Write an ONNX file, or C code, from SOURCE: the folder of a finished run, module:function, or an ONNX file (to C)."""
     from torchopt.export import export
 
-    _named_place("--out", out)
+    _named_place("--out", out, source)
+    limits = {"flash": size_of("--flash", flash), "ram": size_of("--ram", ram)}
+    if out.endswith(".c") and source.endswith(".onnx"):
+        from torchopt.c_code import export_c
+
+        written = export_c(source, (), out, target=target, **limits)
+        show(plain(written), str(written), as_json)
+        return
     built = re.fullmatch(r"[\w.]+:[\w.]+", source) is not None and not Path(source).is_dir()
     if built:
         check_place(out)
     model, example = _built(source, weights, _needed_shape(input_shape)) if built else _finished(source)
     packing = {"auto": "auto", "yes": True, "no": False}[pack]
     with in_users_code("export"):
-        result = export(model, (example,), out, target=target, dynamic_batch=not static_batch, pack=packing)  # type: ignore[arg-type]
+        result = export(model, (example,), out, target=target, dynamic_batch=not static_batch, pack=packing, **limits)  # type: ignore[arg-type]
     show(plain(result), str(result), as_json)
 
 

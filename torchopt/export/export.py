@@ -12,7 +12,6 @@ import contextlib
 import gc
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +48,13 @@ from torchopt.export.passes import (
 )
 from torchopt.export.passes.weights.block_weights import rounds_its_input
 from torchopt.export.processor import runs_exactly
+from torchopt.export.result import ExportResult
 from torchopt.export.rounding_by_rounding import Roundings
 from torchopt.io.files import atomic_path
 from torchopt.network.grid import grids
 from torchopt.onnx_file.serialize import serialized
 from torchopt.pack.pack import pack_model
 from torchopt.pack.proof import prove
-from torchopt.pack.report import PackReport
 from torchopt.process.ordinary import alone
 
 OPSETS = {"ort-x86": 21, "ort-x86-avx2": 21, "ort-arm": 21, "ort-web": 21, "openvino": 21}
@@ -65,35 +64,6 @@ SIXTEEN_BITS = 21  # the opset whose QuantizeLinear gives 16-bit integers
 WIDENS = ("ort-x86", "ort-x86-avx2")  # run some numbers of channels faster than others (measured)
 PADS = 18  # the opset from which on Pad has one form
 FOLDS_AT_LOAD = ("ort-x86", "ort-x86-avx2", "ort-arm", "ort-web")  # decode packed weights once (measured)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportResult:
-    """What was written.
-
-    Attributes:
-        path: the file.
-        target: the runtime it was written for.
-        opset: version of the ONNX operator set.
-        size_bytes: of the file as it lies on disk.
-        dense_size_bytes: of the same file without packing.
-        passes: the graph passes that changed something, in order.
-        packing: what packing did to each tensor, or None.
-        note: why the file is dense, where it is.
-    """
-
-    path: Path
-    target: str
-    opset: int
-    size_bytes: int
-    dense_size_bytes: int
-    passes: tuple[str, ...]
-    packing: PackReport | None
-    note: str = ""
-
-    def __str__(self) -> str:
-        packed = f", {self.dense_size_bytes:,} before packing" if self.packing else f", dense: {self.note}"
-        return f"{self.path}: {self.size_bytes:,} bytes{packed}; opset {self.opset}, for {self.target}"
 
 
 @alone()
@@ -107,8 +77,10 @@ def export(
     pack: bool | str = "auto",
     opset: int | None = None,
     fast_blocks: bool = False,
+    flash: int | None = None,
+    ram: int | None = None,
 ) -> ExportResult:
-    """Write `model` as an ONNX file that stock ONNX Runtime runs.
+    """Write `model` as an ONNX file that stock ONNX Runtime runs; or, where `path` ends in .c, as C99 for microcontrollers.
 
     Args:
         model: a plain model, such as `torchopt.finalize` returns.
@@ -128,7 +100,8 @@ def export(
     A model in half precision keeps float32 inputs and outputs; its weights are stored as float16.
 
     Raises:
-        ConfigError: an unknown target, another value of `pack`, or an opset out of range.
+        ConfigError: an unknown target, another value of `pack`, an opset out of range, or limits of C code for another file.
+        TargetError: C code takes more flash or RAM than given.
         ModelError: the model cannot be exported, a weight is not finite, or the file computes something else than the model.
         FileError: the file cannot be written.
 
@@ -138,6 +111,32 @@ def export(
         >>> export(nn.Linear(3, 2), (torch.zeros(1, 3),), folder / "m.onnx").opset
         21
     """
+    if os.fspath(path).endswith(".c"):
+        from torchopt.c_code.export import export_c
+
+        return export_c(model, example_inputs, path, target=target, flash=flash, ram=ram)
+    if flash is not None or ram is not None:
+        raise ConfigError(
+            f"export: flash and ram are limits of C code, and {path} is an ONNX file; a path that ends in .c is needed"
+        )
+    return export_onnx(
+        model, example_inputs, path, target=target, dynamic_batch=dynamic_batch, pack=pack, opset=opset, fast_blocks=fast_blocks
+    )
+
+
+def export_onnx(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...],
+    path: str | os.PathLike[str],
+    *,
+    target: str,
+    dynamic_batch: bool = True,
+    pack: bool | str = "auto",
+    opset: int | None = None,
+    fast_blocks: bool = False,
+    widen: bool = True,
+) -> ExportResult:
+    """Write an ONNX file, as `export` says; without `widen` no channels are added where the target would run more of them faster."""
     _check(target, pack, opset)
     version = opset or OPSETS[target]
     with _uncollected():
@@ -145,7 +144,7 @@ def export(
         reference = as_exported(model)
         places = Roundings(graph.graph, reference)
         _check_integers(graph, version)
-        applied = _rewrite(graph, model, wide=target in WIDENS and version >= PADS, fast_blocks=fast_blocks)
+        applied = _rewrite(graph, model, wide=widen and target in WIDENS and version >= PADS, fast_blocks=fast_blocks)
     names = places.values()
     graph = lowered(graph, version)
     dense = serialized(graph, "export", shapes=False)
