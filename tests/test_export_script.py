@@ -75,12 +75,12 @@ def test_half(script, capsys) -> None:
     [
         (["--quantize"], "--quantize: needs --calibration DIR"),
         (["--quantize", "--half", "--calibration", "x"], "--half: contradicts --quantize; choose one"),
-        (["--input-shape", "3,x"], "--input-shape: got '3,x'; sizes such as 3,224,224 are needed"),
-        (["--checkpoint", "none.pt"], "none.pt: there is no such file; give a checkpoint"),
-        (["--checkpoint", "export_script_net.py"], "export_script_net.py: cannot be read as a state_dict"),
-        (["--checkpoint", "other.pt"], "other.pt: does not fit Sequential"),
+        (["--input-shape", "3,x"], "--input-shape: got '3,x'; the sizes of one input are needed"),
+        (["--checkpoint", "none.pt"], "none.pt: no such file; the path of saved weights is needed"),
+        (["--checkpoint", "export_script_net.py"], "export_script_net.py: not a file of weights"),
+        (["--checkpoint", "other.pt"], "other.pt: the weights do not fit Sequential"),
         (["--checkpoint", "list.pt"], "list.pt: holds no state_dict"),
-        (["--model", "export_script_net:number"], "returned int; an nn.Module is needed"),
+        (["--model", "export_script_net:number"], "returned int; a torch.nn.Module is needed"),
     ],
 )
 def test_mistakes_exit_with_2_and_one_sentence(script, capsys, extra, message) -> None:

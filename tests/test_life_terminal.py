@@ -155,7 +155,7 @@ def test_quantize_writes_over_nothing_unasked(own: Path, capsys) -> None:
     assert cli.status(command) == 2
     assert (
         capsys.readouterr().err
-        == "torchopt: model.onnx: is there already; --out FILE names another, --overwrite writes over it\n"
+        == "torchopt: model.onnx: is there already; --out FILE names another, --force writes over it\n"
     )
     assert cli.status([*command, "--out", "inputs.npy"]) == 2
     assert "--out: inputs.npy is what is read; the name of another file is needed" in capsys.readouterr().err

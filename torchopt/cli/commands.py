@@ -17,9 +17,10 @@ import click
 
 from torchopt.cli.c_commands import size_of, verify_c
 from torchopt.cli.onnx_commands import COMMANDS, as_json
+from torchopt.cli.quantize_command import quantize
 from torchopt.cli.search_command import search
 from torchopt.cli.terminal import Stopped, complain, plain, reason_of, show, table, take_any_encoding, take_signals, tidy_output
-from torchopt.errors import ConfigError, FileError, TorchoptError
+from torchopt.errors import ConfigError, TorchoptError
 from torchopt.io.files import check_place
 from torchopt.io.importing import in_users_code
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 settings = click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a value of the recipe; repeatable.")
 targets = click.option("--target", default="ort-x86", show_default=True, help="The runtime aimed at.")
-input_shape = click.option("--input-shape", required=True, metavar="C,H,W", help="Shape of one input, without the batch.")
 weights_file = click.option("--weights", metavar="FILE", help="A state_dict (.pt, .pth, .safetensors) to load first.")
 
 
@@ -38,7 +38,7 @@ def app() -> None:
     """Prune, cluster and quantize PyTorch models; export one small ONNX file that ONNX Runtime runs fast."""
 
 
-for command in (*COMMANDS, search, verify_c):
+for command in (*COMMANDS, quantize, search, verify_c):
     app.add_command(command)
 
 
@@ -121,56 +121,6 @@ def export(
     with in_users_code("export"):
         result = export(model, (example,), out, target=target, dynamic_batch=not static_batch, pack=packing, **limits)  # type: ignore[arg-type]
     show(plain(result), str(result), as_json)
-
-
-@app.command()
-@click.argument("model")
-@click.option("--data", required=True, metavar="DIR", help="Folder of pictures, or a .npy file of inputs (N, C, H, W).")
-@click.option("--out", metavar="FILE", help="The ONNX file to write; model.onnx where none is there yet.")
-@click.option("--overwrite", is_flag=True, help="Write over model.onnx where --out names no other file.")
-@input_shape
-@weights_file
-@click.option("--samples", default=256, show_default=True, type=click.IntRange(1), help="Inputs to calibrate with.")
-@click.option("--bits", default=8, show_default=True, type=click.IntRange(2, 8), help="Bits of the weights.")
-@click.option("--observer", default="moving_average", show_default=True, help="How activation ranges are chosen.")
-@targets
-@as_json
-def quantize(
-    model: str,
-    data: str,
-    out: str | None,
-    overwrite: bool,
-    input_shape: str,
-    weights: str | None,
-    samples: int,
-    bits: int,
-    observer: str,
-    target: str,
-    as_json: bool,
-) -> None:
-    """Quantize MODEL (module:function) without training: calibrate on DATA, export."""
-    from torchopt.compress.one_shot import one_shot
-    from torchopt.data import read_inputs
-    from torchopt.export import export
-    from torchopt.quantize import Quantize
-    from torchopt.rules import Rule
-    from torchopt.runtime import verify
-
-    shape = _needed_shape(input_shape)
-    if out is None:
-        out = "model.onnx"
-        if Path(out).exists() and not overwrite:
-            raise FileError(f"{out}: is there already; --out FILE names another, --overwrite writes over it")
-    _named_place("--out", out, data, weights)
-    rules = [Rule("*", quantize=Quantize(weight_bits=bits, observer=observer))]
-    network, example = _built(model, weights, shape)
-    check_place(out)
-    inputs = read_inputs(data, size=shape, samples=samples)
-    with in_users_code("quantize"):
-        final = one_shot(network, rules, inputs.split(32), example_inputs=(example,), target=target)
-        result = export(final, (example,), out, target=target)
-        verdict = verify(final, out, inputs.split(32))
-    show({"export": plain(result), "verify": plain(verdict)}, f"{result}\n{verdict}", as_json)
 
 
 @app.command()

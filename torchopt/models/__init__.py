@@ -19,6 +19,8 @@ KINDS: dict[str, type[ResNet8 | DigitsNet | DsCnn | MobileNet]] = {
     "ds_cnn": DsCnn,
     "mobile_net": MobileNet,
 }
+NESTED = ("state_dict", "model_state_dict", "model", "net")  # where trainers put the weights in their checkpoints
+WRAPPERS = ("module.", "_orig_mod.", "model.")  # what DataParallel, torch.compile and Lightning put before every name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +115,8 @@ def build(kind: str, classes: int, in_channels: int = 1, width: float = 1.0) -> 
 def load_weights(path: str) -> dict[str, torch.Tensor]:
     """Return the `state_dict` in a `.pt`/`.pth` file, or in a `.safetensors` file; no pickled code is run.
 
+    It may stand in a trainer's checkpoint.
+
     Raises:
         FileError: no such file, or it holds something else.
     """
@@ -128,17 +132,29 @@ def load_weights(path: str) -> dict[str, torch.Tensor]:
         raise FileError(
             f"{path}: not a file of weights ({type(error).__name__}); save one with torch.save(model.state_dict())"
         ) from error
-    state = state.get("model", state) if isinstance(state, Mapping) else state
+    inner = [state[key] for key in NESTED if isinstance(state, Mapping) and isinstance(state.get(key), Mapping)]
+    state = inner[0] if inner else state
     if not isinstance(state, Mapping) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise FileError(f"{path}: holds no state_dict; save one with torch.save(model.state_dict(), path)")
     return dict(state)
+
+
+def _bare(state: Mapping[str, torch.Tensor], names: set[str]) -> dict[str, torch.Tensor]:
+    """The same without what stands before every name, where the network has no such names."""
+    found = dict(state)
+    while found and not names & found.keys():
+        prefix = next((p for p in WRAPPERS if all(name.startswith(p) for name in found)), None)
+        if prefix is None:
+            break
+        found = {name.removeprefix(prefix): value for name, value in found.items()}
+    return found
 
 
 def _with_weights(network: nn.Module, path: str | None) -> nn.Module:
     if path is None:
         return network
     try:
-        network.load_state_dict(load_weights(path), strict=True)
+        network.load_state_dict(_bare(load_weights(path), set(network.state_dict())), strict=True)
     except RuntimeError as error:
         first = str(error).strip().splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise ModelError(f"{path}: the weights do not fit {type(network).__name__}: {first}") from error
