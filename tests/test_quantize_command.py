@@ -109,6 +109,7 @@ def test_both_comparisons_and_the_score_are_reported(place: Path, capsys) -> Non
     assert len(found["placement"]["integer"]) == 2
 
 
+@pytest.mark.slow  # measures latency, to leave layers float
 def test_a_score_that_drops_too_far_leaves_layers_float_or_nothing_behind(place: Path, capsys) -> None:
     (place / "qc_drop.py").write_text("scores = iter([1.0, 0.0, 1.0])\ndef number(model):\n    return next(scores, 0.0)\n")
     assert quantize("-d", "x.npy", "--evaluate", "qc_drop:number", "--max-drop", "0.1") == 2

@@ -20,7 +20,7 @@ from torchopt.io.files import check_place
 if TYPE_CHECKING:
     from torch import nn
 
-    from torchopt.data.given import Given
+    from torchopt.data.samples import Given
     from torchopt.quantize import Quantize
     from torchopt.runtime.inputs import InputShape
 
