@@ -108,7 +108,7 @@ class Export:
 
     Attributes:
         target: the runtime aimed at.
-        pack: "auto" (what pays on the target), true or false.
+        pack: "auto" (what pays on the target), "smallest" (near the entropy; loading takes longer), true or false.
         dynamic_batch: let the batch axis have any size.
     """
 
@@ -119,8 +119,8 @@ class Export:
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise ConfigError(f"Export.target: {self.target!r} is not one of {', '.join(TARGETS)}{nearest(self.target, TARGETS)}")
-        if self.pack not in ("auto", True, False):
-            raise ConfigError(f"Export.pack: got {self.pack!r}; auto, true or false is needed")
+        if self.pack not in ("auto", "smallest", True, False):
+            raise ConfigError(f"Export.pack: got {self.pack!r}; auto, true or false is needed, or smallest")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,7 +85,9 @@ def check(recipe: str, settings: Sequence[str], as_json: bool) -> None:
 @click.option("--input-shape", metavar="C,H,W", help="Shape of one input; needed for module:function.")
 @weights_file
 @targets
-@click.option("--pack", type=click.Choice(["auto", "yes", "no"]), default="auto", show_default=True, help="Write packed weights.")
+@click.option(
+    "--pack", type=click.Choice(["auto", "yes", "no", "smallest"]), default="auto", show_default=True, help="Packed weights."
+)
 @click.option("--static-batch", is_flag=True, help="Fix the batch size at 1.")
 @click.option("--flash", metavar="BYTES", help="Of C code: refuse what takes more flash, such as 256k.")
 @click.option("--ram", metavar="BYTES", help="Of C code: refuse what takes more RAM, such as 64k.")
@@ -117,7 +119,7 @@ def export(
     if built:
         check_place(out)
     model, example = _built(source, weights, _needed_shape(input_shape)) if built else _finished(source)
-    packing = {"auto": "auto", "yes": True, "no": False}[pack]
+    packing = {"yes": True, "no": False}.get(pack, pack)
     with in_users_code("export"):
         result = export(model, (example,), out, target=target, dynamic_batch=not static_batch, pack=packing, **limits)  # type: ignore[arg-type]
     show(plain(result), str(result), as_json)

@@ -20,12 +20,13 @@ run_inputs = click.option("--input", "inputs", multiple=True, metavar="NAME:SIZE
 @click.argument("source")
 @click.argument("destination")
 @click.option("--strip", is_flag=True, help="Leave out torch's exporter's notes on nodes (source lines, module names).")
+@click.option("--smallest", is_flag=True, help="Near the entropy; loading takes longer, running does not.")
 @as_json
-def pack(source: str, destination: str, strip: bool, as_json: bool) -> None:
+def pack(source: str, destination: str, strip: bool, smallest: bool, as_json: bool) -> None:
     """Write the weights of any ONNX file in their smallest exact form."""
     from torchopt.pack import pack
 
-    result = pack(source, destination, strip=strip)
+    result = pack(source, destination, strip=strip, smallest=smallest)
     show(plain(result), str(result), as_json)
 
 

@@ -44,7 +44,7 @@ def encodings(value: np.ndarray) -> Iterator[Encoding]:
 
 def _candidates(value: np.ndarray) -> Iterator[Encoding]:
     bits = value.reshape(-1).view(f"u{value.dtype.itemsize}")
-    found = _table(bits)
+    found = distinct(bits)
     if found is not None and len(found[0]) == 1 and value.nbytes <= CONSTANT_AT_MOST:
         yield _build(value, "all", "one", found[0], np.empty(0, np.uint8))
         return
@@ -60,7 +60,7 @@ def _sparse(value: np.ndarray, bits: np.ndarray, found: tuple[np.ndarray, np.nda
     """The encoding that says where the nonzeros are."""
     kept = _nonzeros(bits, bits if found is None else found[1])
     # The values rise as unsigned integers, so zero has code 0.
-    inner = _table(kept) if found is None else (found[0][1:], np.subtract(kept, np.uint8(1), out=kept))
+    inner = distinct(kept) if found is None else (found[0][1:], np.subtract(kept, np.uint8(1), out=kept))
     if inner is None:
         yield _build(value, *_placed(bits, "raw", kept, np.empty(0, np.uint8)))
     elif len(inner[0]) == 1:
@@ -102,8 +102,8 @@ def _patched(value: np.ndarray, bits: np.ndarray, values: np.ndarray, codes: np.
         yield replace(_build(value, "all", "table", values, codes), code_bits=found[0], planes=planes)
 
 
-def _table(bits: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """The distinct values, rising, and the code of each element, or None where there are more than a byte can name."""
+def distinct(bits: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return (the distinct values, rising; the code of each element), or None where there are more than a byte can name."""
     if bits.itemsize == 1:
         values = np.flatnonzero(histogram(bits)).astype(np.uint8)
         names = np.zeros(256, np.uint8)

@@ -125,9 +125,16 @@ def decode(encoding: Encoding) -> np.ndarray:
     return _scattered(kept, encoding.codes, table).reshape(encoding.shape)
 
 
-def entropy_bytes(value: np.ndarray, encoding: Encoding) -> int:
-    """Return the order-0 entropy bound of the values' codes (zero is a value too), plus the bytes of their table."""
-    if encoding.values in ("table", "one"):
+def entropy_bytes(value: np.ndarray, encoding: Encoding | None = None) -> int:
+    """Return the order-0 entropy bound of the values' codes (zero is a value too), plus the bytes of their table.
+
+    Args:
+        value: the tensor.
+        encoding: of it, where there is one: then the codes need not be counted again.
+    """
+    if encoding is None:
+        counts = _frequencies(np.ascontiguousarray(value).reshape(-1).view(f"u{value.dtype.itemsize}"))
+    elif encoding.values in ("table", "one"):
         codes = encoding.whole_codes()
         counts = histogram(codes) if encoding.code_bits else np.array([value.size if encoding.where is None else 0])
         if encoding.where is not None:

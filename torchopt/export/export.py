@@ -53,7 +53,7 @@ from torchopt.export.rounding_by_rounding import Roundings
 from torchopt.io.files import atomic_path
 from torchopt.network.grid import grids
 from torchopt.onnx_file.serialize import serialized
-from torchopt.pack.pack import pack_model
+from torchopt.pack.in_place import pack_model, smaller
 from torchopt.pack.proof import prove
 from torchopt.process.ordinary import alone
 
@@ -88,16 +88,14 @@ def export(
         path: the file to write; the old one stays until the new one is complete and checked.
         target: "ort-x86", "ort-x86-avx2", "ort-arm", "ort-web" or "openvino".
         dynamic_batch: let the batch dimension vary.
-        pack: "auto" packs the weights where the target decodes them once, at load; True or False decide it.
+        pack: "auto" packs the weights where the target decodes them at load; True, False decide it; "smallest": see `torchopt.pack`.
         opset: version of the ONNX operator set, 17 to 23, for runtimes older than the target's own; "auto" packs from 21 on.
         fast_blocks: let ONNX Runtime round the inputs of 4-bit layers with `Quantize(block_size=…)` to 8 bits, block by block: 1.7 times as
             fast, and less accurate, by much where a few inputs are far larger than the others.
 
     The file is run once, on the example inputs and on another batch size where that may vary, and each output is compared with the
     model's; no file is left where they differ by more than rounding. Differences of integers are a warning where this machine does not
-    compute what the target does.
-
-    A model in half precision keeps float32 inputs and outputs; its weights are stored as float16.
+    compute what the target does. A model in half precision keeps float32 inputs and outputs; its weights are stored as float16.
 
     Raises:
         ConfigError: an unknown target, another value of `pack`, an opset out of range, or limits of C code for another file.
@@ -150,6 +148,7 @@ def export_onnx(
     dense = serialized(graph, "export", shapes=False)
     note = _dense_because(target, pack, version)
     report = None if note else pack_model(graph)
+    graph, report = smaller(graph, report, dense, shapes=False) if report and pack == "smallest" else (graph, report)
     proof = Proof(
         model=reference,
         name=type(model).__name__,
@@ -297,7 +296,7 @@ def _check(target: str, pack: bool | str, opset: int | None) -> None:
         raise ConfigError(
             f"export: target={target!r} is unknown; one of {', '.join(OPSETS)} is needed{nearest(str(target), OPSETS)}"
         )
-    if pack not in ("auto", True, False):
-        raise ConfigError(f"export: pack={pack!r}; 'auto', True or False is needed")
+    if pack not in ("auto", "smallest", True, False):
+        raise ConfigError(f"export: pack={pack!r}; 'auto', True or False is needed, or 'smallest'")
     if opset is not None and not OLDEST <= opset <= NEWEST:
         raise ConfigError(f"export: opset={opset}; {OLDEST} to {NEWEST} is needed")

@@ -45,6 +45,12 @@ def serialized(model: ir.Model, where: str, *, shapes: bool = True) -> bytes:
         return b"".join(piece if isinstance(piece, bytes) else bytes_of(held[piece][0]).data for piece in pieces)
 
 
+def size_of(model: ir.Model, where: str, *, shapes: bool = True) -> int:
+    """Return how many bytes the file takes, all tensors in it counted; `shapes` as in `serialized`."""
+    with _held_out(model, HERE):
+        return with_data(_message(model, where, shapes=shapes))[1]
+
+
 def write(model: ir.Model, path: str | os.PathLike[str], *, check: Callable[[Path], None] | None = None) -> None:
     """Write a graph to a file, atomically; its tensors go to a second one if they came from one, or if they take more than 2 GB.
 

@@ -23,6 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from torchopt.codecs.encoding import DOMAIN
+from torchopt.onnx_file.packed_call import bytes_of_call, gives_weight
 
 STANDARD = {"", "ai.onnx"}
 RUNTIMES = {
@@ -108,11 +109,11 @@ class Constant:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes in the file; of a packed weight, of everything that its decoding reads."""
+        """Bytes in the file; of a packed weight, of everything that its decoding reads, of shared codes its share."""
         node = self.value.producer()
         if self.tensor is not None or node is None:
             return 0 if self.tensor is None else self.tensor.nbytes
-        return sum(v.const_value.nbytes for v in node.inputs if v is not None and v.const_value is not None)
+        return bytes_of_call(node)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -201,7 +202,7 @@ class View:
             if value.const_value is not None and not any(node.domain == DOMAIN for node, _ in value.uses()):
                 yield self._constant(scope, str(name), value, "initializer", value.const_value)
         for node in scope.body:
-            if node.domain == DOMAIN and len(node.outputs) == 1:
+            if gives_weight(node):
                 yield self._constant(scope, str(node.outputs[0].name), node.outputs[0], "packed", None)
             elif (tensor := constant_of(node)) is not None:
                 yield self._constant(scope, str(node.outputs[0].name), node.outputs[0], "constant", tensor)

@@ -50,12 +50,16 @@ class Names:
         shape = tensor.shape.numpy()
         key = (id(root), str(tensor.dtype), tuple(shape), hashlib.sha256(bytes_of(tensor).data).digest())
         if key not in self.known:
-            while f"_{self.number:x}" in self.taken:
-                self.number += 1
-            name = f"_{self.number:x}"
-            self.taken.add(name)
-            self.known[key] = _held(root, tensor, name)
+            self.known[key] = _held(root, tensor, self.fresh())
         return self.known[key]
+
+    def fresh(self) -> str:
+        """Return a name that is taken from now on."""
+        while f"_{self.number:x}" in self.taken:
+            self.number += 1
+        name = f"_{self.number:x}"
+        self.taken.add(name)
+        return name
 
 
 def _held(root: ir.Graph | ir.Function, tensor: ir.TensorProtocol, name: str) -> ir.Value:
@@ -72,24 +76,31 @@ def _held(root: ir.Graph | ir.Function, tensor: ir.TensorProtocol, name: str) ->
 
 def replace(model: ir.Model, constant: Constant, encoding: Encoding, opset: int, names: Names) -> ir.Node:
     """Put a call of the decoding function in the place of a constant, and return it."""
-    value, body, root = constant.value, constant.scope.body, constant.scope.root
-    name, users, old = str(value.name), list(value.uses()), value.producer()
-    kind = function_name(encoding, opset)
+    root, kind = constant.scope.root, function_name(encoding, opset)
     if (DOMAIN, kind, "") not in model.functions:
         for function in functions(encoding, opset):
             model.functions[function.identifier()] = function
         model.opset_imports[DOMAIN] = 1
     if isinstance(root, ir.Function):
         root.opset_imports[DOMAIN] = 1
+    inputs = [names.constant(root, data) for data in constants_of(encoding, opset)]
+    return put(constant, ir.Node(DOMAIN, kind, inputs, list(attributes_of(encoding, opset))))
+
+
+def put(constant: Constant, node: ir.Node, after: ir.Node | None = None) -> ir.Node:
+    """Put a call in the place of a constant, behind a node that it reads from if there is one, and return it."""
+    value, body = constant.value, constant.scope.body
+    name, users, old = str(value.name), list(value.uses()), value.producer()
     if old is None and isinstance(body, ir.Graph):
         body.initializers.pop(name)
     value.name = None
-    inputs = [names.constant(root, data) for data in _arrays(encoding, opset)]
-    node = ir.Node(DOMAIN, kind, inputs, list(_attributes(encoding, opset)))
     output = node.outputs[0]
     output.name = name
     output.meta.update(value.meta)  # what others wrote about it
-    body.insert_before(old if old is not None else next(iter(body)), node)
+    if after is not None and old is None:
+        body.insert_after(after, node)
+    else:
+        body.insert_before(old if old is not None else next(iter(body)), node)
     node.name = None  # the graph gave it one: bytes
     for user, index in users:
         user.replace_input_with(index, output)
@@ -98,7 +109,7 @@ def replace(model: ir.Model, constant: Constant, encoding: Encoding, opset: int,
     return node
 
 
-def _arrays(encoding: Encoding, opset: int) -> Iterator[ir.TensorProtocol]:
+def constants_of(encoding: Encoding, opset: int) -> Iterator[ir.TensorProtocol]:
     """The constants of a call, in the order of the function's inputs: codes, where, planes, table."""
     table, codes, zero = encoding.table, encoding.codes, np.zeros(1, encoding.table.dtype)
     if encoding.positions != "all" and not encoding.full:
@@ -110,17 +121,18 @@ def _arrays(encoding: Encoding, opset: int) -> Iterator[ir.TensorProtocol]:
             table = np.append(zero, table)
     if encoding.code_bits:
         rows = len(table) if encoding.values == "channel" and encoding.positions == "all" else 0
-        yield from _stream(codes, encoding.code_bits, opset, rows)
+        yield from stream_of(codes, encoding.code_bits, opset, rows)
     if encoding.positions == "mask" and encoding.where is not None:
         yield ir.tensor(encoding.where[None, :])
     elif encoding.where is not None:
-        yield from _stream(encoding.where, encoding.gap_bits, opset)
+        yield from stream_of(encoding.where, encoding.gap_bits, opset)
     for bits, symbols in encoding.planes:
-        yield from _stream(symbols, bits, opset)
+        yield from stream_of(symbols, bits, opset)
     yield ir.tensor(table)
 
 
-def _stream(symbols: np.ndarray, bits: int, opset: int, rows: int = 0) -> Iterator[ir.TensorProtocol]:
+def stream_of(symbols: np.ndarray, bits: int, opset: int, rows: int = 0) -> Iterator[ir.TensorProtocol]:
+    """The tensors of a stream of symbols."""
     if bits == 8:
         yield ir.tensor(symbols)
     elif opset < FOUR_BITS or bits not in (4, 5):
@@ -133,7 +145,8 @@ def _stream(symbols: np.ndarray, bits: int, opset: int, rows: int = 0) -> Iterat
             yield ir.tensor(to_parts(symbols >> 4, 1))
 
 
-def _attributes(encoding: Encoding, opset: int) -> Iterator[ir.Attr]:
+def attributes_of(encoding: Encoding, opset: int) -> Iterator[ir.Attr]:
+    """The sizes that the arrays alone do not tell."""
     yield ir.AttrInt64s("d", encoding.shape)
     if encoding.positions == "gaps" and encoding.where is not None and filled(encoding.gap_bits, opset):
         yield ir.AttrInt64s("p", [len(encoding.where)])
@@ -161,8 +174,8 @@ class Call:
     ints: dict[str, list[int]]
 
     @classmethod
-    def of(cls, node: ir.Node) -> Call:
-        """The call that a node is.
+    def of(cls, node: ir.Node, *, known: bool = False) -> Call:
+        """The call that a node is; its kind is looked at unless the caller knows it.
 
         Raises:
             ValueError: it is none.
@@ -170,8 +183,9 @@ class Call:
         """
         data = [_tensor(v) for v in node.inputs if v is not None]
         constants = [d for d in data if d is not None]
-        if _KIND.fullmatch(node.op_type) is None or not data or len(constants) < len(data):
-            raise ValueError("an operand is no constant" if _KIND.fullmatch(node.op_type) else f"kind {node.op_type!r}")
+        known = known or _KIND.fullmatch(node.op_type) is not None
+        if not known or not data or len(constants) < len(data):
+            raise ValueError("an operand is no constant" if known else f"kind {node.op_type!r}")
         ints = {key: list(attr.as_ints()) for key, attr in node.attributes.items() if attr.type == ir.AttributeType.INTS}
         if min(ints["d"], default=0) < 0:
             raise ValueError(f"shape {tuple(ints['d'])}")
@@ -195,13 +209,13 @@ def read_encoding(call: Call) -> Encoding:
     tensors = list(call.data)
     gap_bits, code_bits = int(kind[2] or 0), int(kind[4] or 0)
     table = tensors.pop().numpy()
-    codes = _read(tensors, code_bits) if code_bits else np.empty(0, np.uint8)
+    codes = read_stream(tensors, code_bits) if code_bits else np.empty(0, np.uint8)
     where = tensors.pop(0).numpy()[0] if kind[1] else None
     if gap_bits:
-        where = _read(tensors, gap_bits)[: ints["p"][0] if "p" in ints else None]
+        where = read_stream(tensors, gap_bits)[: ints["p"][0] if "p" in ints else None]
     widths = [int(width) for width in kind[5].split("p")[1:]]
     planes = tuple(
-        (width, _read(tensors, width)[: ints[f"p{i}"][0] if f"p{i}" in ints else None]) for i, width in enumerate(widths)
+        (width, read_stream(tensors, width)[: ints[f"p{i}"][0] if f"p{i}" in ints else None]) for i, width in enumerate(widths)
     )
     return _trimmed(
         Encoding(
@@ -230,7 +244,7 @@ def _trimmed(stored: Encoding, full: bool) -> Encoding:
     return dataclasses.replace(stored, codes=codes, table=stored.table[cut[stored.values]])
 
 
-def _read(tensors: list[ir.TensorProtocol], bits: int) -> np.ndarray:
+def read_stream(tensors: list[ir.TensorProtocol], bits: int) -> np.ndarray:
     """Take the tensors of one stream from the front, and return its symbols, filled up to a multiple of eight where they are."""
     first = tensors.pop(0)
     if first.dtype == ir.DataType.UINT4:
@@ -240,6 +254,6 @@ def _read(tensors: list[ir.TensorProtocol], bits: int) -> np.ndarray:
             symbols |= from_parts(rest, 8 * rest.shape[1]) << 4
         return symbols
     stored = first.numpy()
-    if stored.dtype != np.uint8:
-        raise ValueError(f"symbols of type {stored.dtype}")
+    if stored.dtype != np.uint8 or (bits != 8 and len(stored) != bits):
+        raise ValueError(f"symbols of {bits} bits as {stored.dtype} {stored.shape}")
     return stored if bits == 8 else from_parts(stored, 8 * stored.shape[1])

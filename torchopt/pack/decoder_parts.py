@@ -8,6 +8,7 @@ the others, come out of one MatMulInteger with the powers of two. Before opset 1
 from __future__ import annotations
 
 from torchopt.codecs import parts
+from torchopt.pack.huffman_decoder import stream_block
 
 FOUR_BITS = 21  # the opset of UINT4
 BITWISE = 18  # of BitwiseAnd and BitwiseOr
@@ -91,6 +92,8 @@ def block(name: str, opset: int) -> str:
         opset: of the model.
     """
     kind, bits = name[0], int(name[1:])
+    if kind in "hx":
+        return stream_block(name)
     if kind == "g":
         return f"(symbols) => (place, real) {{{_PLACES.format(2**bits - 1)}}}"
     if kind == "p":

@@ -93,7 +93,12 @@ def functions(encoding: Encoding, opset: int) -> list[ir.Function]:
         encoding: an example of the kind.
         opset: of the model that the functions go into.
     """
-    texts = {function_name(encoding, opset): _decoder(encoding, opset)}
+    return functions_of(function_name(encoding, opset), _decoder(encoding, opset), opset)
+
+
+def functions_of(name: str, text: str, opset: int) -> list[ir.Function]:
+    """Return the function of this name and text, and those that it calls."""
+    texts = {name: text}
     waiting = list(texts)
     while waiting:
         for name in _called(texts[waiting.pop()]):

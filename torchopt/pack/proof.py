@@ -31,13 +31,23 @@ class _DifferentError(Exception):
     """What differs, in words."""
 
 
+@dataclass(frozen=True)
+class _Packed:
+    """A packed weight: the call that gives it, the one that its codes come from if it is cut out, their constants, the source's tensor."""
+
+    call: NodeProto
+    codes: NodeProto | None
+    parts: dict[str, TensorProto]
+    dense: TensorProto
+
+
 @dataclass
 class _File:
     """A file as `onnx` reads it; sparse tensors made dense."""
 
     path: Path | None
     model: ModelProto
-    calls: list[tuple[NodeProto, dict[str, TensorProto], TensorProto]] = field(default_factory=list)
+    calls: list[_Packed] = field(default_factory=list)
 
     @classmethod
     def read(cls, source: Path | bytes) -> _File:
@@ -118,14 +128,20 @@ def _compare_bodies(
         | after
         | {n.output[0]: n.attribute[0].t for n in b if n.op_type == "Constant" and n.attribute and n.attribute[0].HasField("t")}
     )
-    calls = {node.output[0]: node for node in b if node.domain == DOMAIN}
+    made = {node.output[0]: node for node in b if node.domain == DOMAIN}
+    cut_from = {name for node in made.values() for name in node.input if name in made}
+    calls = {name: node for name, node in made.items() if name not in cut_from}
+    if cut_from & ({*before} | {name for node in b if node.domain != DOMAIN for name in node.input}):
+        raise _DifferentError(f"the codes {min(cut_from)!r} are read by other nodes")
     constants = {n.output[0]: _value(n) for n in a if n.op_type == "Constant" and n.output and n.output[0] in calls}
     parts = {name for node in b if node.domain == DOMAIN for name in node.input}
     for name, call in calls.items():
         dense = before.get(name, constants.get(name))
         if dense is None:
             raise _DifferentError(f"{name!r} is packed, and its source has no such tensor")
-        other.calls.append((call, {part: seen[part] for part in call.input}, dense))
+        codes = next((made[part] for part in call.input if part in cut_from), None)
+        read = [*call.input, *(codes.input if codes is not None else ())]
+        other.calls.append(_Packed(call, codes, {part: seen[part] for part in read if part not in cut_from}, dense))
     for name, tensor in before.items():
         if name not in calls:
             if name not in after:
@@ -224,16 +240,18 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
 def _compare_decoded(one: _File, other: _File) -> None:
     for group in _groups(one, other):
         outputs = _run(other, group)
-        for (call, _, dense), decoded in zip(group, outputs, strict=True):
-            if not _equal(one.array(dense), decoded):
-                raise _DifferentError(f"tensor {call.output[0]!r}, decoded by ONNX Runtime {onnxruntime.__version__}, differs")
+        for packed, decoded in zip(group, outputs, strict=True):
+            if not _equal(one.array(packed.dense), decoded):
+                raise _DifferentError(
+                    f"tensor {packed.call.output[0]!r}, decoded by ONNX Runtime {onnxruntime.__version__}, differs"
+                )
 
 
-def _groups(one: _File, other: _File) -> Iterator[list[tuple[NodeProto, dict[str, TensorProto], TensorProto]]]:
-    group: list[tuple[NodeProto, dict[str, TensorProto], TensorProto]] = []
+def _groups(one: _File, other: _File) -> Iterator[list[_Packed]]:
+    group: list[_Packed] = []
     size = 0
     for entry in other.calls:
-        bytes_ = int(np.prod(entry[2].dims, dtype=np.int64)) * _bits(entry[2].data_type) // 8
+        bytes_ = int(np.prod(entry.dense.dims, dtype=np.int64)) * _bits(entry.dense.data_type) // 8
         if group and size + bytes_ > AT_ONCE:
             yield group
             group, size = [], 0
@@ -243,18 +261,24 @@ def _groups(one: _File, other: _File) -> Iterator[list[tuple[NodeProto, dict[str
         yield group
 
 
-def _run(other: _File, group: list[tuple[NodeProto, dict[str, TensorProto], TensorProto]]) -> list[np.ndarray]:
+def _run(other: _File, group: list[_Packed]) -> list[np.ndarray]:
     """What ONNX Runtime decodes, in a model that has nothing but these calls."""
-    nodes, constants, outputs = [], {}, []
-    for number, (call, parts, dense) in enumerate(group):  # names are told apart: those of functions may be the same
-        node = NodeProto(op_type=call.op_type, domain=call.domain, attribute=call.attribute)
-        node.output.append(f"out{number}")
-        for name, tensor in parts.items():
-            own = f"{number}:{name}"
-            constants[own] = numpy_helper.from_array(other.array(tensor), own)
-        node.input.extend(f"{number}:{name}" for name in call.input)
+    nodes, constants, outputs, shared = [], {}, [], dict[str, str]()
+
+    def put(call: NodeProto, number: int, parts: dict[str, TensorProto], output: str) -> None:
+        node = NodeProto(op_type=call.op_type, domain=call.domain, attribute=call.attribute, output=[output])
+        for name in call.input:
+            node.input.append(shared.get(name, f"{number}:{name}"))
+            if name not in shared:
+                constants[node.input[-1]] = numpy_helper.from_array(other.array(parts[name]), node.input[-1])
         nodes.append(node)
-        outputs.append(helper.make_tensor_value_info(f"out{number}", dense.data_type, dense.dims))
+
+    for number, packed in enumerate(group):  # names are told apart: those of functions may be the same
+        if packed.codes is not None and packed.codes.output[0] not in shared:
+            put(packed.codes, number, packed.parts, f"codes{number}")
+            shared[packed.codes.output[0]] = f"codes{number}"
+        put(packed.call, number, packed.parts, f"out{number}")
+        outputs.append(helper.make_tensor_value_info(f"out{number}", packed.dense.data_type, packed.dense.dims))
     graph = helper.make_graph(nodes, "decoded", [], outputs, list(constants.values()))
     ours = [f for f in other.model.functions if f.domain == DOMAIN]
     model = ModelProto(ir_version=other.model.ir_version, graph=graph, functions=ours, opset_import=ours[0].opset_import)

@@ -16,10 +16,11 @@ const NODE = { input: 1, output: 2, type: 4, attribute: 5, domain: 7 };
 const ATTRIBUTE = { name: 1, graph: 6, ints: 8, graphs: 11 };
 const TENSOR = { dims: 1, type: 2, name: 8, raw: 9, location: 14 };
 const ARRAYS = {
-  ...{ 1: Uint32Array, 2: Uint8Array, 3: Uint8Array, 6: Uint32Array }, // the bits of float, uint8, int8, int32,
-  ...{ 10: Uint16Array, 11: BigUint64Array }, // float16, double
+  ...{ 1: Uint32Array, 2: Uint8Array, 3: Uint8Array, 6: Uint32Array }, // the bits of float, uint8, int8, int32, uint16,
+  ...{ 4: Uint16Array, 10: Uint16Array, 11: BigUint64Array }, // float16, double
 };
-const UINT4 = 21;
+const [UINT4, UINT8] = [21, 2];
+const [CUT, LANE] = ["v", 512]; // the operator that cuts a tensor out of codes; symbols of a lane of Huffman codes
 const CONSTANT_AT_MOST = 1 << 20; // bytes of a constant tensor kept as one value
 const text = new TextDecoder();
 
@@ -75,7 +76,9 @@ function denseGraph(body) {
   const tensors = new Map();
   for (const f of all) if (f.number === GRAPH.initializer) tensors.set(string(f.body, TENSOR.name), f);
   const calls = all.filter(isCall);
-  const dense = calls.flatMap((f) => message(GRAPH.initializer, decodedTensor(f.body, tensors)));
+  const codes = codesByName(calls, tensors);
+  const weights = calls.filter((f) => !codes.has(string(f.body, NODE.output)));
+  const dense = weights.flatMap((f) => message(GRAPH.initializer, decodedTensor(f.body, tensors, codes)));
   const rest = all.filter((f) => !isCall(f));
   const parts = new Set(calls.flatMap((f) => strings(f.body, NODE.input)));
   for (const name of namesRead(rest)) parts.delete(name);
@@ -96,30 +99,106 @@ function namesRead(graph) {
   return names;
 }
 
+/** What gives the codes that several tensors are cut out of, by name: each is decoded once, when the first tensor asks for it. */
+function codesByName(calls, tensors) {
+  const cut = calls.filter((f) => string(f.body, NODE.type) === CUT);
+  const names = new Set(cut.map((f) => strings(f.body, NODE.input)[0]));
+  return new Map(calls.filter((f) => names.has(string(f.body, NODE.output))).map((f) => {
+    let found = null;
+    return [string(f.body, NODE.output), () => (found ??= codesOf(f.body, tensors))];
+  }));
+}
+
+/** All codes that a call gives. */
+function codesOf(node, tensors) {
+  const joined = /^H([0-5])(?:g([2-6]))?$/.exec(string(node, NODE.type));
+  if (!joined) {
+    const { flat, table } = whole(node, tensors);
+    if (table.type !== UINT8) throw new Error(`codes of type ${table.type}`);
+    return flat;
+  }
+  const [low, gapBits] = [Number(joined[1]), Number(joined[2] ?? 0)];
+  const inputs = strings(node, NODE.input).map((input) => tensor(tensors.get(input)));
+  const { d: [count], b: [base], c, p, q } = attributes(node); // prettier-ignore
+  const where = gapBits ? huffman(inputs.splice(0, 4), c[0], p[0]) : null;
+  const codes = huffman(inputs.splice(0, 4), base, gapBits ? q[0] : count);
+  if (low) {
+    const plain = symbols(inputs, low);
+    if (plain.length < codes.length) throw new Error(`low bits of ${plain.length} codes for ${codes.length}`);
+    for (let i = 0; i < codes.length; i++) codes[i] = (codes[i] << low) | plain[i];
+  }
+  if (!where) return codes;
+  const places = gapPlaces(where, gapBits, count);
+  if (places.length !== codes.length) throw new Error(`${codes.length} codes for ${places.length} nonzeros`);
+  const out = new Uint8Array(count);
+  for (let i = 0; i < places.length; i++) out[places[i]] = codes[i];
+  return out;
+}
+
+/** The symbols of a stream of Huffman codes (torchopt/codecs/huffman.py). */
+function huffman([data, lanes, order, free], base, count) {
+  if (order.raw.length !== free.raw.length) throw new Error(`${order.raw.length} codes of ${free.raw.length} lengths`);
+  if (lanes.array.length !== Math.ceil(count / LANE) || data.raw.length < 3) throw new Error(`${lanes.array.length} lanes for ${count} symbols`);
+  const [symbolOf, lengthOf] = [new Uint8Array(256), new Uint8Array(256)];
+  let end = 0;
+  order.raw.forEach((symbol, i) => {
+    const slots = free.raw[i] < 8 ? 2 ** free.raw[i] : 512;
+    symbolOf.fill(symbol, end, end + slots);
+    lengthOf.fill(8 - free.raw[i], end, (end += slots));
+  });
+  if (end !== 256) throw new Error("lengths that are no whole code");
+  const [bytes, out, last] = [data.raw, new Uint8Array(count), 8 * (data.raw.length - 1) - 1];
+  for (let lane = 0, at = 0, i = 0, start = 0; i < count; lane++, start += lanes.array[lane - 1] + base) {
+    if (lane && at !== start) throw new Error("a lane does not end where the next one begins");
+    for (const stop = Math.min(count, i + LANE); i < stop; i++) {
+      if (at > last) throw new Error(`a code at bit ${at} of ${last + 1}`);
+      const window = (((bytes[at >> 3] << 8) | bytes[(at >> 3) + 1]) >> (8 - (at & 7))) & 255;
+      out[i] = symbolOf[window];
+      at += lengthOf[window];
+    }
+  }
+  return out;
+}
+
 /** The pieces of the TensorProto that a call stands for. */
-function decodedTensor(node, tensors) {
+function decodedTensor(node, tensors, codes) {
   const name = string(node, NODE.output);
   try {
-    const kind = /^u?(?:(m)|g([2-8]))?([tTcor])([1-8])?((?:p[2-8])*)$/.exec(string(node, NODE.type));
-    if (!kind) throw new Error(`codec ${string(node, NODE.type)} is unknown`);
-    const [mask, gapBits, values, codeBits] = [Boolean(kind[1]), Number(kind[2] ?? 0), kind[3], Number(kind[4] ?? 0)];
-    const inputs = strings(node, NODE.input).map((input) => tensor(tensors.get(input)));
-    const sizes = attributes(node);
-    const count = sizes.d.reduce((a, b) => a * b, 1);
-    const table = inputs.pop();
-    const codes = codeBits ? symbols(inputs, codeBits) : null;
-    const where = mask ? symbols(inputs, 1).subarray(0, count) : gapBits ? symbols(inputs, gapBits).subarray(0, sizes.p?.[0]) : null;
-    kind[5].split("p").slice(1).forEach((width, i) => {
-      const plane = symbols(inputs, Number(width)).subarray(0, sizes[`p${i}`]?.[0]);
-      for (const place of gapPlaces(plane, Number(width), count)) codes[place] |= 1 << (codeBits + i);
-    });
-    const flat = where ? sparse(where, gapBits, values, codes, table, count) : everywhere(values, codes, table, count);
+    const { flat, table, sizes } = string(node, NODE.type) === CUT ? cutOut(node, tensors, codes) : whole(node, tensors);
     const raw = new Uint8Array(flat.buffer, flat.byteOffset, flat.byteLength);
     return [...sizes.d.flatMap((size) => [tag(TENSOR.dims, 0), varint(size)]), tag(TENSOR.type, 0), varint(table.type),
       ...message(TENSOR.name, [new TextEncoder().encode(name)]), ...message(TENSOR.raw, [raw])]; // prettier-ignore
   } catch (error) {
     throw new Error(`unpack: the packed weight ${name} is damaged (${error.message})`);
   }
+}
+
+/** A tensor whose codes lie among those of others. */
+function cutOut(node, tensors, codes) {
+  const [from, name] = strings(node, NODE.input);
+  const [sizes, table, all] = [attributes(node), tensor(tensors.get(name)), codes.get(from)()];
+  const [start, count] = [sizes.o[0], sizes.d.reduce((a, b) => a * b, 1)];
+  if (!(start >= 0 && start + count <= all.length)) throw new Error(`elements ${start} to ${start + count} of ${all.length} codes`);
+  return { flat: translated(all.subarray(start, start + count), table.array, 1), table, sizes };
+}
+
+/** A tensor that a call gives by itself. */
+function whole(node, tensors) {
+  const kind = /^u?(?:(m)|g([2-8]))?([tTcor])([1-8])?((?:p[2-8])*)$/.exec(string(node, NODE.type));
+  if (!kind) throw new Error(`codec ${string(node, NODE.type)} is unknown`);
+  const [mask, gapBits, values, codeBits] = [Boolean(kind[1]), Number(kind[2] ?? 0), kind[3], Number(kind[4] ?? 0)];
+  const inputs = strings(node, NODE.input).map((input) => tensor(tensors.get(input)));
+  const sizes = attributes(node);
+  const count = sizes.d.reduce((a, b) => a * b, 1);
+  const table = inputs.pop();
+  const codes = codeBits ? symbols(inputs, codeBits) : null;
+  const where = mask ? symbols(inputs, 1).subarray(0, count) : gapBits ? symbols(inputs, gapBits).subarray(0, sizes.p?.[0]) : null;
+  kind[5].split("p").slice(1).forEach((width, i) => {
+    const plane = symbols(inputs, Number(width)).subarray(0, sizes[`p${i}`]?.[0]);
+    for (const place of gapPlaces(plane, Number(width), count)) codes[place] |= 1 << (codeBits + i);
+  });
+  const flat = where ? sparse(where, gapBits, values, codes, table, count) : everywhere(values, codes, table, count);
+  return { flat, table, sizes };
 }
 
 /** All elements have a code, or all have one value. */
