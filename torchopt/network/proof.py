@@ -120,8 +120,23 @@ def difference(one: Run, other: Run) -> float:
     return max((_apart(a, b) for a, b in pairs), default=0.0)
 
 
+def run_or_none(model: nn.Module, call: Call, *, training: bool = False, under: Under = as_it_is) -> Run | None:
+    """Return what `run` does; None where the network does not take the call."""
+    try:
+        return run(model, call, training=training, under=under)
+    except Exception:  # whatever the user's own code raises
+        return None
+
+
 def differs(
-    one: nn.Module, other: nn.Module, call: Call, *, training: bool = False, both: Under = as_it_is, under: Under = as_it_is
+    one: nn.Module,
+    other: nn.Module,
+    call: Call,
+    *,
+    training: bool = False,
+    both: Under = as_it_is,
+    under: Under = as_it_is,
+    wanted: Run | None = None,
 ) -> Difference | None:
     """Return how `other` differs from `one` on a call, or None where it does not, or where `one` does not take the call.
 
@@ -132,6 +147,7 @@ def differs(
         training: the mode of both.
         both: what both run in.
         under: what `other` runs in beside.
+        wanted: what `one` gave for this call in this mode; run here where it is None.
 
     Example:
         >>> a, x = nn.Linear(2, 2, bias=False), torch.ones(1, 2)
@@ -140,9 +156,8 @@ def differs(
         >>> differs(a, b, ((x,), {})) is None, differs(a, a, ((x,), {})) is None
         (False, True)
     """
-    try:
-        wanted = run(one, call, training=training, under=both)
-    except Exception:  # the user's network does not run so: there is nothing to compare with
+    wanted = run_or_none(one, call, training=training, under=both) if wanted is None else wanted
+    if wanted is None:  # there is nothing to compare with
         return None
     try:
         given = run(other, call, training=training, under=_nested(both, under))

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchopt.errors import ModelError, StateError
 from torchopt.network.copies import twin
 from torchopt.network.weights import weights
-from torchopt.quantize.calibration.proving import examples, prove, prove_training
+from torchopt.quantize.calibration.proving import Origin, examples
 from torchopt.quantize.config import Quantize
 from torchopt.quantize.corrections import check
 from torchopt.quantize.graph.float_front import leave_front
@@ -45,11 +45,11 @@ def static(
     """
     if example_inputs is None:
         raise StateError("prepare: static quantization traces the model; give example_inputs=(x,), one call's arguments")
-    origin, calls = twin(model), examples(example_inputs)
+    origin = Origin(twin(model), examples(example_inputs))
     model, assignment = open_attentions(model, assignment)
     try:
         traced, _ = trace(model, example_inputs)
-        prove(origin, traced, calls, "tracing")
+        origin.prove(traced, "tracing")
         _tell_of_hooks(model, traced)
     except ModelError:
         if not _can_do_without(model, example_inputs):
@@ -67,8 +67,8 @@ def static(
             f"quantize: none of {list(assignment)[:3]} is called as a layer of a known class; use mode='dynamic' or 'weight_only'"
         )
     _try(quantized, example_inputs)
-    prove(origin, quantized, calls, "fusing")
-    prove_training(origin, quantized, calls)
+    origin.prove(quantized, "fusing")
+    origin.prove_training(quantized)
     return quantized
 
 

@@ -44,11 +44,11 @@ def moments(layer: nn.Module, inputs: Sequence[Tensor], count: int = PLACES, see
 def products(layer: nn.Module, left: Sequence[Tensor], right: Sequence[Tensor], count: int = PLACES, seed: int = 0) -> Tensor:
     """Return E[uᵀv] for two readings of the same calls, at the same positions; arguments as for `moments`."""
     total, seen = torch.zeros((), dtype=torch.float32, device=left[0].device), 0
-    ours, theirs = (sampled(layer, x, count, torch.Generator().manual_seed(seed)) for x in (left, right))
-    for (u, _), (v, _) in zip(ours, theirs, strict=True):
-        x = by_group(layer, u.float())
-        y = x if left is right else by_group(layer, v.float())
-        total, seen = total + x.transpose(1, 2) @ y, seen + x.shape[1]
+    readings = [left] if left is right else [left, right]
+    drawn = (sampled(layer, x, count, torch.Generator().manual_seed(seed)) for x in readings)
+    for read in zip(*drawn, strict=True):
+        x, *other = (by_group(layer, rows.float()) for rows, _ in read)
+        total, seen = total + x.transpose(1, 2) @ (other[0] if other else x), seen + x.shape[1]
     return total / seen
 
 

@@ -19,7 +19,7 @@ from torchopt.network.weights import weights
 from torchopt.quantize.calibration.batch_slices import Call, in_pieces, samples_of
 from torchopt.quantize.calibration.folding import folded_once
 from torchopt.quantize.calibration.output_error import choose_ranges
-from torchopt.quantize.calibration.proving import prove, prove_training
+from torchopt.quantize.calibration.proving import Origin
 from torchopt.quantize.corrections import ahead, correct, undisturbed
 from torchopt.quantize.graph.naming import name_of_value
 from torchopt.quantize.layers.activations import ActivationQuantizer
@@ -86,8 +86,9 @@ def _proven(origin: nn.Module | None, model: nn.Module, calls: Iterable[list[Cal
     """Yield the calls, after the first piece of the first has proved that nothing but rounding was changed."""
     for count, pieces in enumerate(calls):
         if count == 0 and origin is not None and all(torch.equal(w.value, w.trainable) for w in weights(model)):
-            prove(origin, model, pieces[:1], "preparing")
-            prove_training(origin, model, pieces[:1])
+            before = Origin(origin, pieces[:1])
+            before.prove(model, "preparing")
+            before.prove_training(model)
         yield pieces
 
 

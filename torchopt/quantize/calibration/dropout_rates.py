@@ -21,7 +21,6 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
-from torchopt.network.proof import Call, run
 from torchopt.quantize.graph.dropout import MODULES
 
 ATTENTION = {F.scaled_dot_product_attention: 4, F.multi_head_attention_forward: 10}  # the place of the rate among their arguments
@@ -64,19 +63,46 @@ def no_dropout(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def restore_rates(origin: nn.Module, network: nn.Module, call: Call) -> None:
+class Noted:
+    """What both networks of a comparison in training mode run in: without dropout, and what they asked for is noted.
+
+    Attributes:
+        asked: by network, the rates of its last call in order, and the dropout modules that asked for them; None where a function did.
+    """
+
+    def __init__(self) -> None:
+        self.asked: dict[nn.Module, tuple[list[float], list[nn.Module | None]]] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, model: nn.Module) -> Iterator[None]:
+        """Run `model` so."""
+        mode, latest = NoDropout(), list[tuple[nn.Module, int]]()
+
+        def enter(module: nn.Module, _: Any) -> None:
+            latest.append((module, len(mode.rates)))
+
+        handles = [m.register_forward_pre_hook(enter) for m in model.modules() if isinstance(m, _DropoutNd)]
+        try:
+            with mode:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        asking = {number: module for module, number in latest}  # the last to enter before a rate was noted is who asked
+        self.asked[model] = mode.rates, [asking.get(number) for number in range(len(mode.rates))]
+
+
+def restore_rates(origin: nn.Module, network: nn.Module, noted: Noted) -> None:
     """Give the dropouts of a traced network, in place, the rates that the float network uses in training mode.
 
     Args:
         origin: the float network.
         network: the traced one.
-        call: the arguments of both.
+        noted: what both have run in.
     """
-    try:
-        wanted, _ = _used(origin, call)
-        given, owners = _used(network, call)
-    except Exception:  # what does not run in training mode is said by the comparison
+    if not (origin in noted.asked and network in noted.asked):  # what does not run in training mode is said by the comparison
         return
+    (wanted, _), (given, owners) = noted.asked[origin], noted.asked[network]
     if [rate for rate in wanted if rate] == [rate for rate in given if rate]:
         return
     if len(wanted) != len(given):
@@ -89,27 +115,3 @@ def restore_rates(origin: nn.Module, network: nn.Module, call: Call) -> None:
     for rate, module in zip(wanted, owners, strict=True):
         if isinstance(module, _DropoutNd):
             module.p = rate
-
-
-def _used(model: nn.Module, call: Call) -> tuple[list[float], list[nn.Module | None]]:
-    """The rates of one call in training mode, and the dropout modules that asked for them; None where a function did."""
-    mode, latest = NoDropout(), list[tuple[nn.Module, int]]()
-
-    def enter(module: nn.Module, _: Any) -> None:
-        latest.append((module, len(mode.rates)))
-
-    handles = [m.register_forward_pre_hook(enter) for m in model.modules() if isinstance(m, _DropoutNd)]
-
-    @contextlib.contextmanager
-    def under(_: nn.Module) -> Iterator[None]:
-        with mode:
-            yield
-
-    try:
-        run(model, call, training=True, under=under)
-    finally:
-        for handle in handles:
-            handle.remove()
-    asked = {number: module for module, number in latest}  # the last to enter before a rate was noted is who asked
-    owners = [asked.get(number) for number in range(len(mode.rates))]
-    return mode.rates, owners

@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from torchopt.errors import ModelError
-from torchopt.network.proof import Call, Difference, as_it_is, differs, first_difference, in_noise, several
-from torchopt.quantize.calibration.dropout_rates import no_dropout, restore_rates
+from torchopt.network.proof import Call, Difference, Run, as_it_is, differs, first_difference, in_noise, run_or_none, several
+from torchopt.quantize.calibration.dropout_rates import Noted, no_dropout, restore_rates
 from torchopt.quantize.calibration.folding import folded_once
 from torchopt.quantize.layers.activations import ActivationQuantizer
 from torchopt.quantize.layers.kernels import IntegerKernel
@@ -68,26 +68,40 @@ class EvaluatesOnly:
             raise ModelError(self.reason)
 
 
-def prove(origin: nn.Module, network: nn.Module, calls: Sequence[Call], step: str) -> None:
-    """Compare a network, after a step that rewrote it, with the float one, in evaluation mode.
+class Origin:
+    """The float network, and what it gives for some calls: a proof of what was made of it runs it once a call and mode.
 
-    Raises:
-        ModelError: they differ.
+    Args:
+        network: the float network.
+        calls: the arguments.
     """
-    for call in calls:
-        found = differs(origin, network, call, under=as_float)
-        if found is not None:
-            raise ModelError(_refusal(origin, network, call, found, step))
 
+    def __init__(self, network: nn.Module, calls: Sequence[Call]) -> None:
+        self.network, self.calls = network, list(calls)
+        self.wanted: list[Run | None] | None = None
 
-def prove_training(origin: nn.Module, network: nn.Module, calls: Sequence[Call]) -> None:
-    """Compare in training mode; a network that is another one there lets nobody train it from now on."""
-    for call in () if _evaluates_only(network) else map(several, calls):
-        restore_rates(origin, network, call)
-        found = differs(origin, network, call, training=True, both=no_dropout, under=as_float)
-        if found is not None:
-            only_evaluates(network, _one_form(origin, network, call, found))
-            return
+    def prove(self, network: nn.Module, step: str) -> None:
+        """Compare a network, after a step that rewrote it, in evaluation mode.
+
+        Raises:
+            ModelError: they differ.
+        """
+        if self.wanted is None:
+            self.wanted = [run_or_none(self.network, call) for call in self.calls]
+        for call, wanted in zip(self.calls, self.wanted, strict=True):
+            found = differs(self.network, network, call, under=as_float, wanted=wanted) if wanted is not None else None
+            if found is not None:
+                raise ModelError(_refusal(self.network, network, call, found, step))
+
+    def prove_training(self, network: nn.Module) -> None:
+        """Compare in training mode; a network that is another one there lets nobody train it from now on."""
+        for call in () if _evaluates_only(network) else map(several, self.calls):
+            noted = Noted()
+            found = differs(self.network, network, call, training=True, both=noted, under=as_float)
+            restore_rates(self.network, network, noted)
+            if found is not None:
+                only_evaluates(network, _one_form(self.network, network, call, found))
+                return
 
 
 def examples(example_inputs: tuple[Any, ...]) -> list[Call]:
