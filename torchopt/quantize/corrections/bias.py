@@ -18,12 +18,14 @@ The shift is kept apart from the bias (`Fused.shift`), so that calibration can b
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from torchopt.quantize.calibration.folding import folded_once
 from torchopt.quantize.corrections.walk import Visit
 
 MOST = 1 << 15  # positions that a layer's means are taken over
 ROUNDS = 5  # each takes away most of what the activation's bend and the errors beyond the limit left
+CACHED = 1 << 16  # numbers that are worked on at a time: all steps of a round find them in the processor's cache
 LIMIT = 3.0  # times the mean |error| of a channel
 
 
@@ -47,18 +49,28 @@ def mean_shift(visit: Visit) -> torch.Tensor:
         before = torch.cat([_rows(layer(x), layer.channel_axis, every) for x in visit.inputs])
     layer.act = act
     wanted = torch.cat([_rows(y, layer.channel_axis, every) for y in visit.floats])
-    kept = wanted if act is None else act(wanted.clone())
+    size = max(1, CACHED // before.shape[1])
+    parts = [(b, w, w if act is None else act(w.clone())) for b, w in zip(before.split(size), wanted.split(size), strict=True)]
     shift = torch.zeros(before.shape[1], dtype=torch.float32, device=before.device)
     most = torch.full_like(shift, torch.inf)
     for _ in range(ROUNDS):
-        moved = before + shift
-        given = moved if act is None else act(moved.clone())
-        error = torch.clamp(kept - given, -most, most)
-        passes = (kept == wanted) | (given == moved)
-        count = passes.sum(0).clamp(min=1)
-        shift += error.sum(0) / count
-        most = LIMIT * (error.abs() * passes).sum(0) / count
+        error, size_of_error, count = torch.stack([_sums(*part, shift, most, act) for part in parts]).sum(0)
+        shift += error / count.clamp(min=1)
+        most = LIMIT * size_of_error / count.clamp(min=1)
     return shift
+
+
+def _sums(
+    before: torch.Tensor, wanted: torch.Tensor, kept: torch.Tensor, shift: torch.Tensor, most: torch.Tensor, act: nn.Module | None
+) -> torch.Tensor:
+    """Over some positions: the errors within the limit, their sizes where f passes, and how many of those there are, (3, channels)."""
+    moved = before + shift
+    given = moved if act is None else act(moved.clone())
+    error = torch.clamp(kept - given, -most, most)
+    if act is None:
+        return torch.stack([error.sum(0), error.abs().sum(0), torch.full_like(shift, float(len(error)))])
+    passes = (kept == wanted).logical_or_(given == moved).to(error.dtype)
+    return torch.stack([error.sum(0), error.abs_().mul_(passes).sum(0), passes.sum(0)])
 
 
 def _rows(y: torch.Tensor, axis: int, every: int) -> torch.Tensor:
