@@ -20,7 +20,7 @@ from torchopt.cluster.fit import tables
 from torchopt.cluster.shared import COUNT_EVERY, SharedWeights
 from torchopt.cluster.straight import grid_scale
 from torchopt.errors import ModelError, RuleError
-from torchopt.network.computed import SHOWN, can_be_pickled, cannot_be_assigned, show
+from torchopt.network.computed import can_be_pickled, cannot_be_assigned, show, uncompute
 from torchopt.network.grid import set_grid
 from torchopt.network.weights import Skipped, Weight, is_pruned, keeps_zeros
 
@@ -215,20 +215,7 @@ def _strip(module: nn.Module, leaf: str, parameter: nn.Parameter) -> None:
     """Take the parametrization of `leaf` off this module only, and put the Parameter back in its place among the others."""
     stacks = module.parametrizations
     assert isinstance(stacks, nn.ModuleDict)
-    position = stacks[leaf].__dict__[POSITION]
-    del stacks[leaf]
-    kind = type(module)
-    if len(stacks):  # something of the user's remains: a class like the injected one, without our attribute
-        gone = (leaf, leaf.removesuffix("_orig"), SHOWN, "__dict__", "__weakref__")
-        rest = {name: thing for name, thing in vars(kind).items() if name not in gone}
-        rest[SHOWN] = {name: getter for name, getter in vars(kind).get(SHOWN, {}).items() if name not in gone}
-        module.__class__ = type(kind.__name__, kind.__bases__, rest)
-    else:
-        del module._modules["parametrizations"]
-        module.__class__ = kind.__bases__[0]
-    others = list(module._parameters.items())
-    module._parameters.clear()
-    module._parameters.update([*others[:position], (leaf, parameter), *others[position:]])
+    uncompute(module, leaf, parameter, stacks[leaf].__dict__[POSITION])
     if isinstance(module, nn.RNNBase):
         _remove_hooks(module)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ def prepare(
     """
     refuse_model(model)
     rules, example_inputs = checked(rules), arguments(example_inputs)
-    model, said = known(model)
+    model, said = known(model, partial(_covered, rules))
     found = left_behind(weights(model) + custom_weights(model)) if preserve else {}
 
     def quantized(trial: Sequence[Rule]) -> nn.Module:
@@ -94,7 +95,7 @@ def attach(
     model: nn.Module, rules: Sequence[Rule], example_inputs: tuple[Any, ...] | None, found: Mapping[str, Left], target: str
 ) -> nn.Module:
     """Return a copy of `model` prepared by `rules`, with what earlier rounds left given; loading a checkpoint repeats this."""
-    model, _ = known(model)
+    model, _ = known(model, partial(_covered, rules))
     ready, plan = copied(model), plan_of(model)
     origin = twin(ready)
     assigned = assign(ready, rules)
@@ -108,6 +109,11 @@ def attach(
     state.frozen = [name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad]
     ready.add_module(ATTRIBUTE, state)
     return ready
+
+
+def _covered(rules: Sequence[Rule], model: nn.Module) -> set[str]:
+    """The names of the weights that rules reach."""
+    return {a.weight.name for a in assign(model, rules)}
 
 
 def step(model: nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 1. average pools with `divisor_override`: the exporter drops it; the mean over whole windows, padding included, times their size over the
    divisor
+2. `amax()` and `amin()` over everything: the exporter asks for an axis
 """
 
 from __future__ import annotations
@@ -19,7 +20,18 @@ from torchopt.errors import ModelError
 def operators(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
     """Return what the exporter is to write for each operator of this file, in an operator set."""
     aten = torch.ops.aten
-    return {aten.avg_pool2d.default: _average_pool(opset, 2), aten.avg_pool3d.default: _average_pool(opset, 3)}
+    pools = {aten.avg_pool2d.default: _average_pool(opset, 2), aten.avg_pool3d.default: _average_pool(opset, 3)}
+    return pools | {aten.amax.default: _extreme(opset, "ReduceMax"), aten.amin.default: _extreme(opset, "ReduceMin")}
+
+
+def _extreme(opset: int, name: str) -> Callable[..., Any]:
+    reduce = Op(Opset("", opset), name)
+
+    def translation(x: Any, dim: Sequence[int] | int = (), keepdim: bool = False) -> Any:
+        axes = [dim] if isinstance(dim, int) else list(dim)
+        return reduce(x, axes, keepdims=int(keepdim)) if axes else reduce(x, keepdims=int(keepdim))
+
+    return translation
 
 
 def _average_pool(opset: int, rank: int) -> Callable[..., Any]:

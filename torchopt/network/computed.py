@@ -35,6 +35,40 @@ def show(module: nn.Module, name: str, getter: Getter) -> None:
     setattr(kind, name, property(lambda self: getter(self, name), _refuse(name)))
 
 
+def uncompute(module: nn.Module, leaf: str, parameter: nn.Parameter, position: int | None = None) -> None:
+    """Take torch's parametrization of `leaf` off this module only, and put a Parameter in its place, in place.
+
+    Torch's own `remove_parametrizations` deletes the attribute from the class, which copies of the module share.
+
+    Args:
+        module: of a class that torch made for its parametrizations.
+        leaf: what is parametrized.
+        parameter: what stands there from now on.
+        position: its place among the other Parameters; the last one if None.
+
+    Example:
+        >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 1))
+        >>> uncompute(layer, "weight", nn.Parameter(layer.weight.detach()))
+        >>> type(layer).__name__, list(layer._parameters)
+        ('Linear', ['bias', 'weight'])
+    """
+    stacks, kind = module.parametrizations, type(module)
+    assert isinstance(stacks, nn.ModuleDict)
+    del stacks[leaf]
+    if len(stacks):  # something of the user's remains: a class like the injected one, without our attribute
+        gone = (leaf, leaf.removesuffix("_orig"), SHOWN, "__dict__", "__weakref__")
+        rest = {name: thing for name, thing in vars(kind).items() if name not in gone}
+        rest[SHOWN] = {name: getter for name, getter in vars(kind).get(SHOWN, {}).items() if name not in gone}
+        module.__class__ = type(kind.__name__, kind.__bases__, rest)
+    else:
+        del module._modules["parametrizations"]
+        module.__class__ = kind.__bases__[0]
+    others = list(module._parameters.items())
+    position = len(others) if position is None else position
+    module._parameters.clear()
+    module._parameters.update([*others[:position], (leaf, parameter), *others[position:]])
+
+
 def _refuse(name: str) -> Callable[[nn.Module, object], None]:
     """What an assignment to a computed weight does.
 

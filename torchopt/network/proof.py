@@ -31,7 +31,6 @@ Under = Callable[[nn.Module], AbstractContextManager[None]]  # what a network is
 TOLERANCE = 1e-4  # of the output's scale
 MILLIONTH = 1e-6  # by which weights are changed, to see how much of a difference is rounding
 CHAOS = 0.3  # an output that a millionth moves by more proves nothing
-SEVERAL = 4  # samples in training mode
 FLIPPED = 1e-3  # of the entries of an integer output: ties fall to either side
 
 
@@ -202,38 +201,6 @@ def flat(value: Any) -> Iterator[Any]:
             yield from flat(getattr(value, field.name))
     else:
         yield value
-
-
-def several(call: Call) -> Call:
-    """Return a call of four samples for one of one, noise of its size beside it: in training mode batch norm wants samples that differ.
-
-    Example:
-        >>> [len(x) for x in several(((torch.rand(1, 8), torch.rand(5, 8)), {}))[0]]
-        [4, 5]
-    """
-    generator = torch.Generator().manual_seed(2)
-
-    def others(x: Any) -> Any:
-        if not isinstance(x, torch.Tensor) or not x.dim() or len(x) != 1:
-            return x
-        if not x.is_floating_point():
-            return torch.cat([x.roll(i, -1) if x.dim() > 1 else x for i in range(SEVERAL)])
-        noise = torch.randn((SEVERAL - 1, *x.shape[1:]), generator=generator).to(x)
-        return torch.cat([x, noise * (x.std() if x.numel() > 1 else 1.0) + x.mean()])
-
-    return tree_map(others, call)  # type: ignore[no-any-return]
-
-
-def in_noise(call: Call) -> Call:
-    """Return a call whose constant tensors (an example of zeros, which says little) are noise instead."""
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(x: Any) -> Any:
-        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.numel() < 2 or not bool((x == x.flatten()[0]).all()):
-            return x
-        return torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
-
-    return tree_map(noise, call)  # type: ignore[no-any-return]
 
 
 def _inputs(model: nn.Module, call: Call, training: bool, under: Under) -> dict[str, list[Any]]:

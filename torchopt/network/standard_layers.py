@@ -1,6 +1,7 @@
 """Layers that are torch's in other clothes, put into torch's own: before rules are matched, so that every technique reaches them.
 
-1. a weight that a hook of torch's computes in each call (`torch.nn.utils.weight_norm`, `spectral_norm`)    what the hook gives, plain
+1. a weight that torch computes in each call: by a hook (`torch.nn.utils.weight_norm`, `spectral_norm`)     what that gives, plain
+   or by a parametrization (`torch.nn.utils.parametrizations`)
 2. a linear layer that keeps its weight the other way round, as transformers' `Conv1D`: y = x·W + b         nn.Linear with Wᵀ
 
 The second is told by what it computes, in both modes, and not by its name.
@@ -8,48 +9,63 @@ The second is told by what it computes, in both modes, and not by its name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
 from torch.nn.utils.weight_norm import WeightNorm
 
+from torchopt.network.computed import uncompute
 from torchopt.network.copies import copied
 from torchopt.network.core_layer import plain
 from torchopt.network.proof import TOLERANCE, undisturbed
 from torchopt.network.surgery import evaluating, set_module
 from torchopt.network.weights import Skipped
 
+TORCHS = "torch.nn.utils.parametrizations"  # where torch's own parametrizations stand
 ROWS = 3  # of the input that a layer is tried on
 
 
-def known(model: nn.Module) -> tuple[nn.Module, list[Skipped]]:
+def known(model: nn.Module, covered: Callable[[nn.Module], Collection[str]] | None = None) -> tuple[nn.Module, list[Skipped]]:
     """Return the network with such layers replaced, itself where there is none, and what to say about it.
+
+    Args:
+        model: the network.
+        covered: tells the names of the weights that rules reach; what a parametrization computes elsewhere stays computed. Without it
+            all are reached.
 
     Example:
         >>> net, said = known(nn.Sequential(nn.utils.spectral_norm(nn.Linear(2, 1))))
         >>> type(net[0].weight).__name__, said[0].technique
         ('Parameter', 'spectral_norm')
     """
-    hooked, turned = hooked_norms(model), turned_linears(model)
-    if not hooked and not turned:
-        return model, []
-    plain_one = copied(model)
-    bake_norms(plain_one, hooked)
-    turned_root = turn(plain_one, turned)
-    reason = "its hook computed this weight in each call; it is one weight now, which trains and is compressed as any other"
-    return turned_root, [Skipped(name=name, technique=kind, reason=reason) for name, kind in hooked.items()]
+    hooked, turned = hooked_weights(model), turned_linears(model)
+    if hooked or turned:
+        model = copied(model)
+        bake_computed(model, hooked)
+        model = turn(model, turned)
+    computed = parametrized_weights(model)
+    if computed and covered is not None:
+        names = covered(model)
+        computed = {name: kind for name, kind in computed.items() if name in names}
+    if computed:
+        model = copied(model)
+        bake_computed(model, computed)
+    reason = "it computed this weight in each call; it is one weight now, which trains and is compressed as any other"
+    return model, [Skipped(name=name, technique=kind, reason=reason) for name, kind in (hooked | computed).items()]
 
 
 def as_saved(fresh: nn.Module, tensors: Mapping[str, Any], linears: Sequence[str]) -> nn.Module:
     """Return a freshly built network in the form that a file's was: with the weights and the linear layers that the file names."""
-    bake_norms(fresh, {name: kind for name, kind in hooked_norms(fresh).items() if name in tensors})
+    computed = hooked_weights(fresh) | parametrized_weights(fresh)
+    bake_computed(fresh, {name: kind for name, kind in computed.items() if name in tensors})
     return turn(fresh, [path for path in turned_linears(fresh) if path in linears])
 
 
-def hooked_norms(model: nn.Module) -> dict[str, str]:
+def hooked_weights(model: nn.Module) -> dict[str, str]:
     """Return the weights that a hook of torch's computes in each call, by name, and what the hook is."""
     found = {}
     for path, module in model.named_modules():
@@ -60,12 +76,37 @@ def hooked_norms(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def bake_norms(model: nn.Module, names: Mapping[str, str]) -> None:
-    """Make Parameters of weights that hooks compute, in place."""
+def parametrized_weights(model: nn.Module) -> dict[str, str]:
+    """Return the weights that torch's own parametrizations compute, by name, and which these are.
+
+    Example:
+        >>> parametrized_weights(nn.utils.parametrizations.weight_norm(nn.Linear(2, 1)))
+        {'weight': 'weight_norm'}
+    """
+    found = {}
+    for path, module in model.named_modules():
+        for param, steps in getattr(module, "parametrizations", {}).items() if parametrize.is_parametrized(module) else ():
+            if all(type(step).__module__ == TORCHS for step in steps):
+                found[f"{path}.{param}" if path else param] = _in_words(type(steps[0]).__name__)
+    return found
+
+
+def _in_words(name: str) -> str:
+    """`_WeightNorm` as the function is called that puts it on a module: weight_norm."""
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).strip("_")
+
+
+def bake_computed(model: nn.Module, names: Mapping[str, str]) -> None:
+    """Make Parameters of weights that are computed, in place."""
     for name, kind in names.items():
         path, _, param = name.rpartition(".")
         module = model.get_submodule(path)
-        if kind == "weight_norm":
+        if parametrize.is_parametrized(module, param):
+            with evaluating(module), torch.no_grad():  # in training mode spectral norm would go one iteration on
+                value = getattr(module, param).detach().clone()
+            trains = any(p.requires_grad for p in module.parametrizations[param].parameters())  # type: ignore[union-attr, index]
+            uncompute(module, param, nn.Parameter(value, requires_grad=trains), 0)
+        elif kind == "weight_norm":
             nn.utils.remove_weight_norm(module, param)
         else:
             with evaluating(module):  # one more power iteration would give another weight

@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from torchopt.errors import ModelError
-from torchopt.network.proof import Call, Difference, Run, as_it_is, differs, first_difference, in_noise, run_or_none, several
+from torchopt.network.other_inputs import in_noise, several
+from torchopt.network.proof import Call, Difference, Run, as_it_is, differs, first_difference, run_or_none
 from torchopt.quantize.calibration.dropout_rates import Noted, no_dropout, restore_rates
 from torchopt.quantize.calibration.folding import folded_once
 from torchopt.quantize.layers.activations import ActivationQuantizer

@@ -1,0 +1,76 @@
+"""Forms that strangers' networks have: weights that torch's parametrizations compute, and extremes over everything."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import torchopt
+from torchopt import Prune, Quantize, Rule
+
+
+class Normed(nn.Module):
+    """As the positional convolution of wav2vec 2.0 is."""
+
+    def __init__(self, norm=parametrizations.weight_norm):
+        super().__init__()
+        self.conv, self.head = norm(nn.Conv1d(8, 8, 3, padding=1)), nn.Conv1d(8, 4, 1)
+
+    def forward(self, x):
+        return self.head(nn.functional.gelu(self.conv(x)))
+
+
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm, parametrizations.orthogonal])
+@pytest.mark.parametrize(
+    "rule", [{"quantize": Quantize()}, {"quantize": Quantize(mode="weight_only")}, {"prune": Prune(schedule=0.5)}]
+)
+def test_a_weight_that_torchs_parametrization_computes_is_compressed_as_any_other(norm, rule, tmp_path):
+    torch.manual_seed(0)
+    model, batches = Normed(norm).eval(), [torch.randn(4, 8, 16) for _ in range(2)]
+    before = model.conv.weight.detach().clone()
+    small = torchopt.one_shot(model, [Rule("*", **rule)], batches, example_inputs=(batches[0],), progress=False).eval()
+    torchopt.export(small, (batches[0],), tmp_path / "model.onnx")
+    assert torchopt.verify(small, tmp_path / "model.onnx", batches).max_relative < 1e-5
+    assert nn.utils.parametrize.is_parametrized(model.conv)  # the caller's model is as it was
+    assert torch.equal(model.conv.weight, before)
+    torchopt.save(small, tmp_path / "small.pt")
+    assert torch.equal(torchopt.load(tmp_path / "small.pt", Normed(norm)).eval()(batches[0]), small(batches[0]))
+    if "prune" in rule:
+        assert float((small.conv.weight == 0).float().mean()) == 0.5
+    else:
+        said = 10 * torch.log10(model(batches[0]).var() / (small(batches[0]) - model(batches[0])).square().mean())
+        assert float(said) > 30
+
+
+def test_a_computed_weight_that_no_rule_names_stays_computed_and_one_that_is_baked_is_named():
+    rule = {"prune": Prune(schedule=0.5)}
+    ready = torchopt.prepare(Normed(), [Rule("head", **rule)])
+    assert nn.utils.parametrize.is_parametrized(ready.conv)
+    ready = torchopt.prepare(Normed(), [Rule("conv", **rule)])
+    said = {s.name: s.technique for s in torchopt.report(ready).skipped}
+    assert said == {"conv.weight": "weight_norm"}
+
+
+class Scaled(nn.Module):
+    """Outputs over the largest of all of them."""
+
+    def __init__(self, axes):
+        super().__init__()
+        self.conv, self.axes = nn.Conv2d(3, 8, 3, padding=1), axes
+
+    def forward(self, x):
+        y = self.conv(x)
+        most = y.abs().amax(*self.axes, keepdim=bool(self.axes))
+        return y / most, y.amin(), y.amin((2, 3))
+
+
+@pytest.mark.parametrize("axes", [(), ((1, 2, 3),), (1,)])
+def test_extremes_over_everything_and_over_axes(axes, tmp_path):
+    """The exporter has no form without an axis; file and network are equal to the bit between the layers."""
+    torch.manual_seed(0)
+    model, x = Scaled(axes).eval(), torch.randn(4, 3, 8, 8)
+    small = torchopt.one_shot(model, [Rule("*", quantize=Quantize())], [x], example_inputs=(x,), progress=False).eval()
+    torchopt.export(small, (x,), tmp_path / "model.onnx")
+    given = torchopt.runtime.session(tmp_path / "model.onnx").run(None, {"x": x.numpy()})
+    for ours, theirs in zip(small(x), given, strict=True):
+        torch.testing.assert_close(torch.from_numpy(theirs), ours.detach(), rtol=1e-6, atol=1e-6)
