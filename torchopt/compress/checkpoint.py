@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import fx, nn
 
 from torchopt.channels.plan import apply_plan, plan_of
-from torchopt.compress.verbs import attach
+from torchopt.compress.attach import attach
 from torchopt.errors import ConfigError, FileError, StateError, TorchoptError
 from torchopt.io.files import atomic_path
 from torchopt.io.schema import build

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from torchopt.compress.verbs import attach
+from torchopt.compress.attach import attach
 from torchopt.data import Dataset, epoch_order
 from torchopt.errors import ConfigError, DataError, ModelError
 from torchopt.io.importing import in_users_code
