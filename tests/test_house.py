@@ -55,7 +55,7 @@ def _dotted(path: Path) -> list[str]:
 @pytest.mark.parametrize("path", [p for p in SOURCES if _room(p) != "__init__"], ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_down(path: Path) -> None:
     room = _room(path)
-    assert room in LEVEL, f"{room} has no level; add it to ROOMS in this test and to the map in README.md"
+    assert room in LEVEL, f"{room} has no level; add it to ROOMS in this test and to the map in ARCHITECTURE.md"
     for name in _imports(path):
         parts = name.split(".")
         if parts[0] != "torchopt" or len(parts) < 2 or parts[1] == room:
@@ -160,17 +160,20 @@ def _blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/switching.md"])
+PAGES = [str(p.relative_to(ROOT)) for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if _blocks(ROOT / page, "python")])
 def test_python_in_the_pages_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = _blocks(ROOT / page, "python")
-    assert blocks, f"{page} shows no Python"
     names = {"__name__": "page"}
     for block in blocks:
         exec(compile(block, page, "exec"), names)  # a later block goes on where an earlier one ended
 
 
-def test_readme_commands_name_what_exists() -> None:
-    for block in _blocks(ROOT / "README.md", "(?:bash|sh|console)"):
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_in_the_pages_name_what_exists(page: str) -> None:
+    for block in _blocks(ROOT / page, "(?:bash|sh|console)"):
         for name in re.findall(r"\b((?:scripts|recipes|docs|tests)/[\w./-]+)", block):
-            assert (ROOT / name).exists(), f"README.md names {name}, which does not exist"
+            assert (ROOT / name).exists(), f"{page} names {name}, which does not exist"

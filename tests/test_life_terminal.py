@@ -153,10 +153,7 @@ def test_quantize_writes_over_nothing_unasked(own: Path, capsys) -> None:
     (own / "model.onnx").write_text("precious")
     command = ["quantize", "printing_net:build", "--data", "inputs.npy", "--input-shape", "1,8,8"]
     assert cli.status(command) == 2
-    assert (
-        capsys.readouterr().err
-        == "torchopt: model.onnx: is there already; --out FILE names another, --force writes over it\n"
-    )
+    assert capsys.readouterr().err == "torchopt: model.onnx: is there already; --out FILE names another, --force writes over it\n"
     assert cli.status([*command, "--out", "inputs.npy"]) == 2
     assert "--out: inputs.npy is what is read; the name of another file is needed" in capsys.readouterr().err
     assert (own / "model.onnx").read_text() == "precious"
