@@ -129,11 +129,12 @@ def source_name(path: Path) -> str:
 
 def as_onnx(model: nn.Module, example_inputs: tuple[Any, ...], target: str = "ort-x86") -> bytes:
     """Return the ONNX file of a model, dense and without channels that only x86 wants."""
+    from torchopt.export.call import call_of
     from torchopt.export.export import export_onnx  # it calls this file for paths that end in .c
 
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "model.onnx"
-        export_onnx(model, example_inputs, place, target=target, pack=False, widen=False)
+        export_onnx(model, call_of(model, example_inputs), place, target=target, pack=False, widen=False)
         return place.read_bytes()
 
 

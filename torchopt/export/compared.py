@@ -30,8 +30,10 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from torchopt.errors import FileError, ModelError
+from torchopt.export.call import Call
 from torchopt.export.difference import CLOSE, all_close, apart, close, figures, scale_of
 from torchopt.export.first_difference import differences
+from torchopt.export.other_sizes import at_other_sizes
 from torchopt.export.rounding_by_rounding import File, Forced, Step, disturbed
 from torchopt.network.proof import undisturbed
 from torchopt.quantize.layers.dynamic import DynamicLinear
@@ -65,13 +67,13 @@ class Proof:
     exact: bool
     close: float = CLOSE
 
-    def __call__(self, opened: onnxruntime.InferenceSession, example_inputs: tuple[Any, ...], *, dynamic_batch: bool) -> None:
-        """Compare on the example inputs and, where the batch may vary, on another batch size.
+    def __call__(self, opened: onnxruntime.InferenceSession, call: Call, example_inputs: tuple[Any, ...]) -> None:
+        """Compare on the example inputs, on another batch size where that may vary, and on other sizes of other free dimensions.
 
         Args:
             opened: the file.
-            example_inputs: of one call of the model.
-            dynamic_batch: the batch may vary.
+            call: which dimensions are free.
+            example_inputs: of one call of the model, as the file takes them.
 
         Raises:
             ModelError: the file computes something else, or does not run.
@@ -79,9 +81,12 @@ class Proof:
         with undisturbed(self.model), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the model's own code
             found = _compared(self, opened, example_inputs)
-            other = _of_another_size(self.model, example_inputs) if dynamic_batch and found is None else None
+            batch = any(0 in free for free in call.free) and found is None
+            other = _of_another_size(self.model, example_inputs) if batch else None
             if other is not None:
                 found = _compared(self, opened, other)
+            for sizes in at_other_sizes(self.model, call, example_inputs):
+                found = found or _compared(self, opened, sizes)
         if found is None:
             return
         if found.certain:

@@ -11,20 +11,18 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx
-import onnx.version_converter
 import onnx_ir as ir
-import onnxruntime
 from torch import nn
 
 from torchopt.errors import ConfigError, ModelError, nearest
+from torchopt.export.call import Call, call_of
 from torchopt.export.compared import IN_BLOCKS, Proof
 from torchopt.export.difference import CLOSE
-from torchopt.export.graph import as_exported, plain, to_onnx
+from torchopt.export.graph import as_exported, gives_dataclasses, plain, to_onnx
 from torchopt.export.passes import (
     BlockWeightsPass,
     DefaultAttributesPass,
@@ -50,17 +48,15 @@ from torchopt.export.passes.weights.block_weights import rounds_its_input
 from torchopt.export.processor import runs_exactly
 from torchopt.export.result import ExportResult
 from torchopt.export.rounding_by_rounding import Roundings
-from torchopt.io.files import atomic_path
+from torchopt.export.writing import check_integers, lowered, write_checked
 from torchopt.network.grid import grids
 from torchopt.onnx_file.serialize import serialized
 from torchopt.pack.in_place import pack_model, smaller
-from torchopt.pack.proof import prove
 from torchopt.process.ordinary import alone
 
 OPSETS = {"ort-x86": 21, "ort-x86-avx2": 21, "ort-arm": 21, "ort-web": 21, "openvino": 21}
 OLDEST, NEWEST = 17, 23
 PACKS = 21  # the opset from which on "auto" packs: older ones are for runtimes in which folding was not measured
-SIXTEEN_BITS = 21  # the opset whose QuantizeLinear gives 16-bit integers
 WIDENS = ("ort-x86", "ort-x86-avx2")  # run some numbers of channels faster than others (measured)
 PADS = 18  # the opset from which on Pad has one form
 FOLDS_AT_LOAD = ("ort-x86", "ort-x86-avx2", "ort-arm", "ort-web")  # decode packed weights once (measured)
@@ -77,6 +73,10 @@ def export(
     pack: bool | str = "auto",
     opset: int | None = None,
     fast_blocks: bool = False,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
     flash: int | None = None,
     ram: int | None = None,
 ) -> ExportResult:
@@ -92,10 +92,14 @@ def export(
         opset: version of the ONNX operator set, 17 to 23, for runtimes older than the target's own; "auto" packs from 21 on.
         fast_blocks: let ONNX Runtime round the inputs of 4-bit layers with `Quantize(block_size=…)` to 8 bits, block by block: 1.7 times as
             fast, and less accurate, by much where a few inputs are far larger than the others.
+        example_kwargs: the keyword arguments of that call.
+        dynamic_shapes: free dimensions by argument and name, `{"x": {0: "batch", 2: "height"}}`, or in torch.export's form.
+        input_names: of the file's inputs, in the order of the call's tensors; forward's argument names by default.
+        output_names: of its outputs.
 
-    The file is run once, on the example inputs and on another batch size where that may vary, and each output is compared with the
-    model's; no file is left where they differ by more than rounding. Differences of integers are a warning where this machine does not
-    compute what the target does. A model in half precision keeps float32 inputs and outputs; its weights are stored as float16.
+    The file is run once, on the example inputs and on other sizes where they may vary, and each output is compared with the model's;
+    no file is left where they differ by more than rounding. Differences of integers are a warning where this machine does not compute
+    what the target does. A model in half precision keeps float32 inputs and outputs; its weights are stored as float16.
 
     Raises:
         ConfigError: an unknown target, another value of `pack`, an opset out of range, or limits of C code for another file.
@@ -112,23 +116,33 @@ def export(
     if os.fspath(path).endswith(".c"):
         from torchopt.c_code.export import export_c
 
+        if example_kwargs or dynamic_shapes or input_names or output_names:
+            raise ConfigError(
+                f"export: {path} is C code, whose call is positional and of one size; leave example_kwargs, dynamic_shapes and names out"
+            )
         return export_c(model, example_inputs, path, target=target, flash=flash, ram=ram)
     if flash is not None or ram is not None:
         raise ConfigError(
             f"export: flash and ram are limits of C code, and {path} is an ONNX file; a path that ends in .c is needed"
         )
-    return export_onnx(
-        model, example_inputs, path, target=target, dynamic_batch=dynamic_batch, pack=pack, opset=opset, fast_blocks=fast_blocks
+    call = call_of(
+        model,
+        example_inputs,
+        example_kwargs,
+        dynamic_shapes=dynamic_shapes,
+        dynamic_batch=dynamic_batch,
+        input_names=input_names,
+        output_names=output_names,
     )
+    return export_onnx(model, call, path, target=target, pack=pack, opset=opset, fast_blocks=fast_blocks)
 
 
 def export_onnx(
     model: nn.Module,
-    example_inputs: tuple[Any, ...],
+    call: Call,
     path: str | os.PathLike[str],
     *,
     target: str,
-    dynamic_batch: bool = True,
     pack: bool | str = "auto",
     opset: int | None = None,
     fast_blocks: bool = False,
@@ -138,10 +152,10 @@ def export_onnx(
     _check(target, pack, opset)
     version = opset or OPSETS[target]
     with _uncollected():
-        graph = to_onnx(model, example_inputs, opset=version, dynamic_batch=dynamic_batch)
-        reference = as_exported(model)
+        graph, call = _graph(model, call, version)
+        reference = as_exported(model, call)
         places = Roundings(graph.graph, reference)
-        _check_integers(graph, version)
+        check_integers(graph, version)
         applied = _rewrite(graph, model, wide=widen and target in WIDENS and version >= PADS, fast_blocks=fast_blocks)
     names = places.values()
     graph = lowered(graph, version)
@@ -161,7 +175,7 @@ def export_onnx(
         graph,
         path,
         dense=dense if report is not None and report.rows else None,
-        compare=lambda opened: proof(opened, plain(example_inputs), dynamic_batch=dynamic_batch),
+        compare=lambda opened: proof(opened, call, plain(call.inputs)),
     )
     return ExportResult(
         path=Path(path),
@@ -173,6 +187,16 @@ def export_onnx(
         packing=report,
         note=note,
     )
+
+
+def _graph(model: nn.Module, call: Call, opset: int) -> tuple[ir.Model, Call]:
+    """The graph, and the call that it is of: one with results in a row where the exporter takes them no other way."""
+    try:
+        return to_onnx(model, call, opset=opset), call
+    except ModelError:
+        if call.flat or not gives_dataclasses(as_exported(model, call), call):
+            raise
+    return to_onnx(model, call.in_a_row(), opset=opset), call.in_a_row()
 
 
 @contextlib.contextmanager
@@ -217,33 +241,6 @@ def _rewrite(graph: ir.Model, model: nn.Module, *, wide: bool, fast_blocks: bool
     return tuple(dict.fromkeys(changed))
 
 
-def lowered(graph: ir.Model, opset: int) -> ir.Model:
-    """Return the graph in an older operator set, where it has a newer one.
-
-    Raises:
-        ModelError: an operator of the graph does not exist there.
-    """
-    if graph.opset_imports[""] <= opset:
-        return graph
-    try:
-        old = onnx.version_converter.convert_version(ir.to_proto(graph), opset)
-    except Exception as error:  # a RuntimeError or an onnx.onnx_cpp2py_export.ConvertError, by version
-        raise ModelError(f"export: the graph cannot be written in opset {opset}: {str(error)[:200]}; use 21") from error
-    old.ir_version = 8 if opset < 19 else old.ir_version
-    return ir.from_proto(old)
-
-
-def _check_integers(graph: ir.Model, opset: int) -> None:
-    """Refuse 16-bit activations in an operator set that has none.
-
-    Raises:
-        ModelError: they are there.
-    """
-    wide = {ir.DataType.UINT16, ir.DataType.INT16}
-    if opset < SIXTEEN_BITS and any(value.dtype in wide for value in graph.graph.initializers.values()):
-        raise ModelError(f"export: activations of 16 bits need opset {SIXTEEN_BITS}, got {opset}; leave opset out")
-
-
 def _dense_because(target: str, pack: bool | str, opset: int) -> str:
     """Why the file is written without packing; empty where it is packed."""
     if pack is False:
@@ -253,42 +250,6 @@ def _dense_because(target: str, pack: bool | str, opset: int) -> str:
     if pack == "auto" and target not in FOLDS_AT_LOAD:
         return f"{target} does not read functions inside the model, which decode packed weights"
     return ""
-
-
-def write_checked(
-    graph: ir.Model,
-    path: str | os.PathLike[str],
-    *,
-    dense: bytes | None = None,
-    compare: Callable[[onnxruntime.InferenceSession], None] | None = None,
-) -> int:
-    """Check the graph, let ONNX Runtime load it, prove it, write it atomically, and return its size in bytes.
-
-    Args:
-        graph: the graph.
-        path: the file.
-        dense: the same file before packing, where it was packed: the weights that ONNX Runtime decodes are compared with it.
-        compare: runs the file, and raises where it computes something else than the model.
-
-    Raises:
-        ModelError: the checker or the runtime refuses it, it does not decode to what it was, or `compare` refuses it.
-        FileError: the file cannot be written.
-    """
-    data = serialized(graph, "export", shapes=False)  # every runtime infers them; in a small file they are a tenth
-    try:
-        onnx.checker.check_model(data)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        opened = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the runtime's exceptions share no class
-        raise ModelError(f"export: the graph is refused by the checker or by ONNX Runtime: {str(error)[:300]}") from error
-    if dense is not None:
-        prove(dense, data, "export")
-    if compare is not None:
-        compare(opened)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(data)
-    return len(data)
 
 
 def _check(target: str, pack: bool | str, opset: int | None) -> None:

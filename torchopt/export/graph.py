@@ -8,6 +8,7 @@ done by the passes in `passes/`, one at a time.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import logging
 import re
@@ -18,37 +19,38 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from torchopt.errors import DataError, ModelError
+from torchopt.errors import ConfigError, ModelError
+from torchopt.export.call import Call, by_row
 from torchopt.export.operators import operators
+from torchopt.export.other_sizes import fixed_by
 from torchopt.export.traced_grids import trace_grids, translations, type_codes
 from torchopt.network.copies import copied
+from torchopt.network.proof import undisturbed
 
-BATCH = "batch"
 BRANCHES = "its code asks for a value that only data gives: decide it beforehand (torch's decoder layers: tgt_is_causal=True)"
 INSTEAD = {"cdist": "write (a.unsqueeze(-2) - b.unsqueeze(-3)).square().sum(-1).sqrt() for torch.cdist(a, b)"}
 FIXED = "the model fixes its batch size: export it with dynamic_batch=False"
 
 
-def to_onnx(model: nn.Module, example_inputs: tuple[Any, ...], *, opset: int, dynamic_batch: bool) -> ir.Model:
+def to_onnx(model: nn.Module, call: Call, *, opset: int) -> ir.Model:
     """Export `model`, in evaluation mode and on the CPU, and return the graph as the exporter wrote it.
 
     Args:
         model: a plain module; a copy of it is exported.
-        example_inputs: the positional arguments of one forward call.
+        call: the arguments of one forward call, and which of their dimensions are free.
         opset: version of the ONNX operator set.
-        dynamic_batch: let the first dimension of every tensor input vary, under the name "batch".
 
     Raises:
-        DataError: the example inputs are not a tuple with tensors.
         ModelError: a weight is not finite, or the model cannot be exported.
     """
-    _check(model, example_inputs)
-    module = as_exported(model)
+    _check(model)
+    module = as_exported(model, call)
     trace_grids(module)
     version = max(opset, 18)
-    inputs = tuple(_batch_of_two(x) if dynamic_batch else x for x in plain(example_inputs))
-    shapes = tuple({0: torch.export.Dim(BATCH)} if _has_batch(x) else None for x in inputs) if dynamic_batch else None
+    inputs = tuple(_batch_of_two(x) if 0 in free else x for x, free in zip(plain(call.inputs), call.free, strict=True))
+    shapes = call.shapes
     try:
         with torch.no_grad(), _quiet():
             program = torch.onnx.export(
@@ -58,12 +60,12 @@ def to_onnx(model: nn.Module, example_inputs: tuple[Any, ...], *, opset: int, dy
                 optimize=False,
                 opset_version=version,
                 custom_translation_table=translations(version) | operators(version),
-                input_names=_input_names(module, len(inputs)),
+                input_names=list(call.names) if call.names is not None else None,
                 dynamic_shapes=_nested(module, shapes),
                 verbose=False,
             )
     except Exception as error:  # the exporter raises whatever the model's code or its own raises
-        raise ModelError(_sentence(type(model).__name__, error)) from error
+        raise ModelError(_sentence(module, call, type(model).__name__, error)) from error
     if program is None:
         raise ModelError(f"export: {type(model).__name__} cannot be exported to ONNX: the exporter returned nothing")
     if "Draft" in (getattr(program, "_capture_strategy", None) or ""):
@@ -71,14 +73,24 @@ def to_onnx(model: nn.Module, example_inputs: tuple[Any, ...], *, opset: int, dy
             f"export: {type(model).__name__} cannot be exported to ONNX: its forward depends on data, and this torch would write the one "
             "way that the example takes; use torch.where or torch.cond, or a newer torch"
         )
-    if dynamic_batch:
-        _check_batch(type(model).__name__, program.model.graph)
+    _check_free(module, call, type(model).__name__, program.model.graph)
     type_codes(program.model.graph)
-    _name_outputs(program.model.graph)
+    _name_outputs(program.model.graph, call.output_names)
     return program.model
 
 
-def _check(model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
+@torch.no_grad()
+def gives_dataclasses(model: nn.Module, call: Call) -> bool:
+    """True where the network's result holds a dataclass, which no exporter takes."""
+    try:
+        with undisturbed(model):
+            result = model(*plain(call.inputs))
+    except Exception:  # whatever the model's code raises
+        return False
+    return any(dataclasses.is_dataclass(x) for x in tree_leaves(result))
+
+
+def _check(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if type(module).__module__.startswith("torch.ao."):
             raise ModelError(
@@ -90,27 +102,31 @@ def _check(model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
                 f"export: {path or type(model).__name__}: nn.LSTM(proj_size={module.proj_size}) has no form in ONNX, whose LSTM projects "
                 "nothing; use nn.LSTM without proj_size, and an nn.Linear behind it"
             )
-    if not isinstance(example_inputs, tuple) or not any(isinstance(x, torch.Tensor) for x in example_inputs):
-        raise DataError(
-            f"export: example_inputs is {type(example_inputs).__name__}; a tuple with the tensors of one call is needed"
-        )
     for name, tensor in model.named_parameters():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"export: {name} holds NaN or infinity; export a trained, finite model")
 
 
-def _check_batch(name: str, graph: ir.Graph) -> None:
+def _check_free(module: nn.Module, call: Call, name: str, graph: ir.Graph) -> None:
     """The exporter drops a free dimension silently where the model's code fixes it."""
-    for value in graph.inputs:
-        if value.shape is not None and len(value.shape) and isinstance(value.shape[0], int):
-            raise ModelError(
-                f"export: {name} takes a batch of {value.shape[0]} only ({value.name} has the shape {list(value.shape)}); {FIXED}"
-            )
+    tensors = [free for x, free in zip(call.inputs, call.free, strict=True) if isinstance(x, torch.Tensor)]
+    for value, free in zip(graph.inputs, tensors, strict=False):
+        for at, label in free.items():
+            if value.shape is not None and isinstance(value.shape[at], int):
+                if not at:
+                    raise ModelError(
+                        f"export: {name} takes a batch of {value.shape[0]} only ({value.name} has the shape {list(value.shape)}); {FIXED}"
+                    )
+                raise ModelError(
+                    f"export: {name} takes {label!r} of {value.shape[at]} only ({value.name} has the shape {list(value.shape)})"
+                    f"{fixed_by(module, call, label)}; leave it out of dynamic_shapes"
+                )
 
 
-def as_exported(model: nn.Module) -> nn.Module:
-    """Return a copy of `model` as a file computes it: in evaluation mode, in float32, on the CPU."""
-    return copied(model).cpu().eval().requires_grad_(False).float()
+def as_exported(model: nn.Module, call: Call) -> nn.Module:
+    """Return a copy of `model` as a file computes it: in evaluation mode, in float32, on the CPU, tensors in a row."""
+    module = copied(model).cpu().eval().requires_grad_(False).float()
+    return by_row(module, call) if call.flat else module
 
 
 def plain(example_inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -124,12 +140,18 @@ def _plain(x: Any) -> Any:
     return x.cpu().float() if x.is_floating_point() else x.cpu()
 
 
-def _name_outputs(graph: ir.Graph) -> None:
-    """Call one output "output", and several "output_0", "output_1", …"""
+def _name_outputs(graph: ir.Graph, names: tuple[str, ...] | None) -> None:
+    """Call the outputs as asked, else one "output", and several "output_0", "output_1", …
+
+    Raises:
+        ConfigError: another number of names.
+    """
     single = len(graph.outputs) == 1
+    if names is not None and (len(names) != len(graph.outputs) or len(set(names)) != len(names)):
+        raise ConfigError(f"export: output_names={list(names)}; {len(graph.outputs)} different names are needed")
     for i, value in enumerate(graph.outputs):
         if not value.is_graph_input() and not value.is_initializer():
-            value.name = "output" if single else f"output_{i}"
+            value.name = names[i] if names is not None else "output" if single else f"output_{i}"
 
 
 def _has_batch(x: Any) -> bool:
@@ -146,11 +168,6 @@ def _positional(module: nn.Module) -> list[inspect.Parameter]:
     return [p for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds]
 
 
-def _input_names(module: nn.Module, count: int) -> list[str] | None:
-    names = [p.name for p in _positional(module) if p.kind is not p.VAR_POSITIONAL][:count]
-    return names if len(names) == count else None
-
-
 def _nested(module: nn.Module, shapes: tuple[Any, ...] | None) -> Any:
     """`torch.export` wants the shapes of `*args` as one nested tuple."""
     parameters = _positional(module)
@@ -159,7 +176,7 @@ def _nested(module: nn.Module, shapes: tuple[Any, ...] | None) -> Any:
     return (shapes,)
 
 
-def _sentence(name: str, error: BaseException) -> str:
+def _sentence(module: nn.Module, call: Call, name: str, error: BaseException) -> str:
     reason = _reason(error)
     missing = re.search(r"No ONNX function found for <OpOverload\(op='\w+\.(\w+)'", reason)
     if missing:
@@ -167,6 +184,10 @@ def _sentence(name: str, error: BaseException) -> str:
         remedy = INSTEAD.get(operation, "compute it from operations that ONNX has, or leave it to the code around the file")
         return f"export: {name} cannot be exported to ONNX, which has no form of torch's {operation}; {remedy}"
     fixed = re.search(r"onstraints violated|specialized|marked .* dynamic", f"{error} {reason}")
+    inner = dict.fromkeys(label for free in call.free for at, label in free.items() if at)
+    told = "".join(fixed_by(module, call, label) for label in inner) if fixed else ""
+    if told:
+        return f"export: {name} fixes a dimension that dynamic_shapes frees{told}; leave it out of dynamic_shapes"
     remedy = f"; {FIXED}" if fixed else f"; {BRANCHES}" if "data-dependent" in reason else ""
     return f"export: {name} cannot be exported to ONNX: {reason}{remedy}"
 

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from torchopt.compress.one_shot import one_shot
 from torchopt.data.samples import Given, count
@@ -28,6 +27,7 @@ from torchopt.errors import DataError, TargetError
 from torchopt.export import ExportResult, OrtFiles, export, to_ort
 from torchopt.io.files import atomic_path
 from torchopt.network.batches import Batch, model_inputs, pieces
+from torchopt.network.structure import leaves
 from torchopt.network.surgery import evaluating
 from torchopt.onnx_to_onnx.likeness import Likeness, liken
 from torchopt.quantize import Quantize
@@ -204,7 +204,7 @@ def _against(model: nn.Module, file: Path, batches: Sequence[Batch], inputs: str
         for batch in batches:
             theirs = [np.asarray(y) for y in run(opened, feed_of_batch(model, opened, batch, str(file)), str(file))]
             args, kwargs = model_inputs(model, batch)
-            ours = [y.detach().cpu() for y in tree_leaves(model(*args, **kwargs)) if isinstance(y, torch.Tensor)]
+            ours = [y.detach().cpu() for _, y in leaves(model(*args, **kwargs)) if isinstance(y, torch.Tensor)]
             found.append(([(y.float() if y.is_floating_point() else y).numpy() for y in ours], theirs))
             samples += count(batch)
     return liken(found, "the file", samples=samples, inputs=inputs)

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from torchopt.errors import DataError
 from torchopt.network.batches import Batch, model_inputs
+from torchopt.network.structure import leaves
 from torchopt.runtime.inputs import Feed
 
 
@@ -58,12 +59,12 @@ def array(value: torch.Tensor, wanted: str) -> Any:
 
 
 def _named(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors that are arguments of their own, by the argument's name."""
+    """The tensors of the arguments by the argument's name, and the place in it."""
     parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind is not p.KEYWORD_ONLY]
     names = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL]
-    found = {**dict(zip(names, args, strict=False)), **kwargs}
-    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+    found = leaves({**dict(zip(names, args, strict=False)), **kwargs})
+    return {name: value for name, value in found if isinstance(value, torch.Tensor)}
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+    return [x for _, leaf in leaves(values) for x in tree_leaves(leaf) if isinstance(x, torch.Tensor)]

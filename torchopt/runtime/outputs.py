@@ -1,7 +1,7 @@
 """Each output of a file beside the same output of its model: name, shape, type, and how far apart the values are.
 
-A model may return a tensor, or any nesting of tuples, lists and dicts: its tensors in that order are the file's outputs. Where the
-keys of a dict are the file's names, these decide. An infinity in the same place on both sides, as in a mask, is no difference.
+A model may return a tensor, or any nesting of tuples, lists, dicts and dataclasses: its tensors in that order are the file's outputs.
+Where the keys of a dict are the file's names, these decide. An infinity in the same place on both sides, as in a mask, is no difference.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch.utils._pytree import MappingKey, SequenceKey, keystr, tree_flatten_with_path
 
 from torchopt.errors import DataError
+from torchopt.network.structure import containers
 from torchopt.runtime.inputs import TYPES
 
 
@@ -120,7 +121,9 @@ def pairs(returned: Any, given: list[Any], opened: onnxruntime.InferenceSession,
     Raises:
         DataError: their number, or a shape, is not the same.
     """
-    ours = [(_key(path), leaf) for path, leaf in tree_flatten_with_path(returned)[0] if isinstance(leaf, torch.Tensor)]
+    ours = [
+        (_key(path), leaf) for path, leaf in tree_flatten_with_path(containers(returned))[0] if isinstance(leaf, torch.Tensor)
+    ]
     specs = opened.get_outputs()
     if len(ours) != len(specs):
         raise DataError(
