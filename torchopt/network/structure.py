@@ -61,25 +61,23 @@ def containers(value: Any) -> Any:
         [{'a': 1, 'b': 2}]
     """
     children = _children(value)
-    if children is None:
+    if children is None or not _holds_dataclass(value):
         return value
-    if _is_dataclass(value):
-        return {key: containers(child) for key, child in children}
-    return rebuilt_one(value, {key: containers(child) for key, child in children})
-
-
-def rebuilt_one(value: Any, made: dict[Any, Any]) -> Any:
-    """Return a list, tuple or mapping like `value` with other entries."""
-    if isinstance(value, Mapping):
-        return dict(made)
+    made = {key: containers(child) for key, child in children}
+    if isinstance(value, Mapping) or _is_dataclass(value):
+        return made
     if isinstance(value, tuple):
-        return tuple(made.values())
+        return type(value)(*made.values()) if hasattr(value, "_fields") else tuple(made.values())
     return list(made.values())
 
 
 def nested(value: Any) -> bool:
     """True for a structure, false for a value."""
     return _children(value) is not None
+
+
+def _holds_dataclass(value: Any) -> bool:
+    return _is_dataclass(value) or any(_holds_dataclass(child) for _, child in _children(value) or ())
 
 
 def _is_dataclass(value: Any) -> bool:
