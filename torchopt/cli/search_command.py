@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.option(
     "--objective", type=click.Choice(["size", "latency"]), default="size", show_default=True, help="What to make small."
 )
-@click.option("--trials", default=14, show_default=True, type=click.IntRange(3), help="Networks to make and measure, at most.")
+@click.option("--trials", default=16, show_default=True, type=click.IntRange(3), help="Networks to make and measure, at most.")
 @click.option("--target", default="ort-x86", show_default=True, help="The runtime aimed at.")
 @click.option("--resume", is_flag=True, help="Go on with the search that lies in DIR.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a value of the recipe; repeatable.")

@@ -1,7 +1,7 @@
 """What a choice will cost, from what single layers cost, corrected by what whole choices were measured to cost.
 
     noise  =  n0 + Σ f_layer · noise of the layer alone        f ≥ 0, 1 until points say otherwise
-    bytes  =  b0 + Σ bytes of the tensors + functions          b0: graph, biases, scales
+    bytes  =  b0 + Σ bytes of the tensors + functions          b0: graph and biases, from the choices most like it
     time   =  t0 · Σ time of the layers
 
 Layers act on one another: what one rounds, the next may repair or amplify. The factors are fitted to the points measured so far by least
@@ -33,7 +33,7 @@ class Model:
     candidates: list[Candidate]
     factors: Mapping[str, float]
     noise: float = 0.0
-    overhead: float = 0.0
+    known: Sequence[tuple[Mapping[str, Option], float]] = ()  # choices, and what their files had beside the tensors
     pace: float = 1.0
 
     @staticmethod
@@ -62,14 +62,15 @@ class Model:
         made = replace(self, factors=dict(zip(layers, solution[1:], strict=True)), noise=float(solution[0]))
         spent = sum({(c.layer, c.option): c.latency for c in self.candidates}[layer, last.chosen[layer]] for layer in layers)
         pace = last.latency_ms / spent if last.latency_ms and spent else self.pace
-        return replace(made, overhead=last.bytes - made._tensors(last.chosen), pace=pace)
+        known = [(point.chosen, float(point.bytes - made._tensors(point.chosen))) for point in points]
+        return replace(made, known=known, pace=pace)
 
     def best(
         self, minimize: str, *, loss: float = math.inf, bytes: float = math.inf, latency: float = math.inf
     ) -> dict[str, Option] | None:
         """The best choice under limits on the whole; None where there is none."""
         given = [replace(c, loss=c.loss * self.factors.get(c.layer, 1.0)) for c in self.candidates]
-        limits = {"loss": loss - self.noise, "bytes": bytes - self.overhead, "latency": latency / self.pace}
+        limits = {"loss": loss - self.noise, "bytes": bytes - self._overhead(None), "latency": latency / self.pace}
         if min(limits["loss"], limits["bytes"]) < 0:
             return None
         found = choose(given, minimize=minimize, **limits)
@@ -82,7 +83,7 @@ class Model:
 
     def bytes(self, chosen: Mapping[str, Option]) -> float:
         """The size of the file to expect."""
-        return self.overhead + self._tensors(chosen)
+        return self._overhead(chosen) + self._tensors(chosen)
 
     def latency(self, chosen: Mapping[str, Option]) -> float:
         """The milliseconds to expect."""
@@ -114,6 +115,39 @@ class Model:
             if c.layer not in first or first[c.layer].bits is None:
                 first[c.layer] = c.option
         return first
+
+    def smaller(self, chosen: Mapping[str, Option], bytes: float) -> dict[str, Option] | None:
+        """A choice that takes about so many bytes less, by the layers that save most for their noise; None where no layer can.
+
+        Args:
+            chosen: to start from.
+            bytes: to save, at least, where that can be.
+        """
+        own: dict[tuple[str, Option], float] = {}
+        for c in self.candidates:
+            own[c.layer, c.option] = min(float(c.size.own), own.get((c.layer, c.option), math.inf))
+        noise = {(c.layer, c.option): self.factors.get(c.layer, 1.0) * c.loss for c in self.candidates}
+        moves = []
+        for layer, option in own:
+            now = (layer, chosen[layer])
+            saved = own[now] - own[layer, option]
+            if saved > 0:
+                moves.append(((noise[layer, option] - noise[now]) / saved, layer, option, saved))
+        made, left = dict(chosen), bytes
+        for _, layer, option, saved in sorted(moves, key=lambda move: move[0]):
+            if made[layer] == chosen[layer] and left > 0:
+                made[layer], left = option, left - saved
+        return made if moves else None
+
+    def _overhead(self, chosen: Mapping[str, Option] | None) -> float:
+        """Bytes beside the tensors: as in the choices measured, those most that have more in common with this one."""
+        if not self.known:
+            return 0.0
+        if chosen is None:
+            return self.known[-1][1]
+        alike = [sum(then[k] == o for k, o in chosen.items()) / len(chosen) for then, _ in self.known]
+        weight = [(0.05 + a) ** 4 for a in alike]
+        return sum(w * size for w, (_, size) in zip(weight, self.known, strict=True)) / sum(weight)
 
     def _tensors(self, chosen: Mapping[str, Option]) -> int:
         """The least bytes of the tensors of a choice, functions included."""

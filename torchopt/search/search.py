@@ -37,7 +37,7 @@ from torchopt.search.sensitivity import Evaluate, first_sample, measured, plain_
 
 OBJECTIVES = {"size": "bytes", "latency": "latency"}
 SHARE = 0.2  # of the full training, for candidates
-TRIALS = 14
+TRIALS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
