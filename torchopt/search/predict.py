@@ -5,7 +5,7 @@
     time   =  t0 · Σ time of the layers
 
 Layers act on one another: what one rounds, the next may repair or amplify. The factors are fitted to the points measured so far by least
-squares in relative errors, drawn to 1 so that few points move them little.
+squares of logarithms, drawn to 1 so that few points move them little: an explosion of noise counts as much as a silence.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.optimize import nnls
+from scipy.optimize import least_squares
 
 from torchopt.search.choices import Option
 from torchopt.search.composed import Point
@@ -23,7 +23,8 @@ from torchopt.search.knapsack import Candidate, choose
 from torchopt.search.layers.sizes import Size, total
 from torchopt.search.layers.table import Sensitivity
 
-DRAWN = 0.3  # how much a factor is drawn to 1, against one point's relative error
+RUINED = 0.3  # noise over signal from which on outputs saturate: what is added changes little, and tells nothing of layers
+DRAWN = 0.3  # how much the logarithm of a factor is drawn to 0, against one point's error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +52,11 @@ class Model:
         """Corrected by what was measured; noise only where nothing is trained, which takes most of it away again."""
         layers = list(dict.fromkeys(c.layer for c in self.candidates))
         alone = {(c.layer, c.option): c.loss for c in self.candidates}
-        rows, wanted = [], []
-        for point in points:
-            if 0 < point.loss < math.inf and not trains:
-                rows.append([1.0 / point.loss, *(alone[layer, point.chosen[layer]] / point.loss for layer in layers)])
-                wanted.append(1.0)
-        pulls = np.hstack([np.zeros((len(layers), 1)), DRAWN * np.eye(len(layers))])
-        solution, _ = nnls(np.vstack([np.array(rows).reshape(-1, len(layers) + 1), pulls]), [*wanted, *[DRAWN] * len(layers)])
+        useful = [] if trains else [p for p in points if 0 < p.loss < RUINED]
+        shares = np.array([[alone[layer, p.chosen[layer]] for layer in layers] for p in useful]).reshape(-1, len(layers))
+        noise, factors = _fitted(shares, np.array([p.loss for p in useful]))
         last = points[-1]
-        made = replace(self, factors=dict(zip(layers, solution[1:], strict=True)), noise=float(solution[0]))
+        made = replace(self, factors=dict(zip(layers, factors.tolist(), strict=True)), noise=noise)
         spent = sum({(c.layer, c.option): c.latency for c in self.candidates}[layer, last.chosen[layer]] for layer in layers)
         pace = last.latency_ms / spent if last.latency_ms and spent else self.pace
         known = [(point.chosen, float(point.bytes - made._tensors(point.chosen))) for point in points]
@@ -155,3 +152,18 @@ class Model:
         found = choose(given, minimize="bytes")
         sizes: list[Size] = [] if found is None else [c.size for c in found.values()]
         return total(sizes)
+
+
+def _fitted(shares: np.ndarray, measured: np.ndarray) -> tuple[float, np.ndarray]:
+    """The noise that no layer brings, and the factor of each layer, from the points' noises."""
+    layers = shares.shape[1]
+    if not len(measured):
+        return 0.0, np.ones(layers)
+    start = max(float((measured - shares.sum(1)).min()), 1e-3 * float(measured.min()))
+
+    def errors(x: np.ndarray) -> np.ndarray:
+        told = start * np.exp(x[0]) + shares @ np.exp(x[1:])
+        return np.concatenate([np.log(told / measured), DRAWN * x])
+
+    x = least_squares(errors, np.zeros(1 + layers)).x
+    return float(start * np.exp(x[0])), np.exp(x[1:])
