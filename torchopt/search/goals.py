@@ -64,6 +64,10 @@ class Search:
         """Whether a choice has been measured."""
         return any(point.chosen == chosen for point in self.points)
 
+    def meets(self, point: Point, allowed: float) -> bool:
+        """Whether a point drops at most so much; 1 − 0.99 is 0.01, whatever binary fractions say."""
+        return self.drop(point) <= allowed + 1e-9 * max(1.0, abs(self.reference))
+
     def noise(self, point: Point) -> float:
         """What orders points: measured noise, or the solver's where training changes what is measured."""
         return point.loss if self.composer.train is None else self.model.loss(point.chosen)
@@ -76,18 +80,18 @@ def to_drop(search: Search, allowed: float) -> Point:
         TargetError: even 8 bits everywhere, or what is nearest to float, drops more.
     """
     first = search.measure(search.model.largest())
-    if search.drop(first) > allowed:
+    if not search.meets(first, allowed):
         first = _nearer(search, first, allowed)
     smallest = (
         search.model.smallest() if search.minimize == "bytes" else search.model.best(search.minimize) or search.model.smallest()
     )
-    if search.tried(smallest) or search.drop(search.measure(smallest)) <= allowed:
+    if search.tried(smallest) or search.meets(search.measure(smallest), allowed):
         return _best(search, allowed)
     most = 3 + math.ceil(SOLVED * (search.most - 3))
     low, high = 0.0, math.inf  # budgets tried since the best point: none smaller came of the one, a failure of the other
     while len(search.points) < most:
         start = _best(search, allowed)
-        worse = [p for p in search.points if search.drop(p) > allowed and _cost(search, p) < _cost(search, start)]
+        worse = [p for p in search.points if not search.meets(p, allowed) and _cost(search, p) < _cost(search, start)]
         if not worse:
             break
         end = max(worse, key=lambda p: _cost(search, p))  # the nearest failure on the way down
@@ -101,7 +105,7 @@ def to_drop(search: Search, allowed: float) -> Point:
             low = budget
             continue
         point = next((p for p in search.points if p.chosen == chosen), None) or search.measure(chosen)
-        if search.drop(point) > allowed:
+        if not search.meets(point, allowed):
             high = budget
         elif _best(search, allowed) is point and point is not start:
             low, high = 0.0, math.inf
@@ -122,7 +126,7 @@ def _descended(search: Search, allowed: float) -> Point:
         if chosen is None:
             break
         point = next((p for p in search.points if p.chosen == chosen), None) or search.measure(chosen)
-        if search.drop(point) > allowed or point.bytes >= start.bytes:
+        if not search.meets(point, allowed) or point.bytes >= start.bytes:
             step /= 2
     return _best(search, allowed)
 
@@ -146,7 +150,7 @@ def _nearer(search: Search, first: Point, allowed: float) -> Point:
     while can and len(search.points) < search.most:
         floats = set(can[: min(count, len(can))])
         point = search.measure({k: Option(bits=None) if k in floats else o for k, o in first.chosen.items()})
-        if search.drop(point) <= allowed:
+        if search.meets(point, allowed):
             search.model = search.model.floating(floats)
             return point
         if count >= len(can):
@@ -218,7 +222,7 @@ def _cost(search: Search, point: Point) -> float:
 
 def _best(search: Search, allowed: float) -> Point:
     """The best point that passed."""
-    passed = [p for p in search.points if search.drop(p) <= allowed]
+    passed = [p for p in search.points if search.meets(p, allowed)]
     return min(passed, key=lambda p: (_cost(search, p), p.bytes, -p.score))
 
 

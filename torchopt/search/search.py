@@ -240,12 +240,12 @@ def _reached(state: Search, goal: _Goal) -> Point:
 
 def _in_full(state: Search, goal: _Goal, point: Point) -> Point:
     """Train the winner in full; where it then misses the drop, the next larger that passed takes its place."""
-    passed = [p for p in state.points if goal.drop is None or state.drop(p) <= goal.drop]
+    passed = [p for p in state.points if goal.drop is None or state.meets(p, goal.drop)]
     state.composer.share = 1.0
     for candidate in sorted(passed, key=lambda p: (p is not point, p.bytes)):
         trained = state.composer.point(candidate.chosen, (candidate.predicted_bytes, candidate.predicted_ms))
         state.points.append(trained)
-        if goal.drop is None or state.drop(trained) <= goal.drop:
+        if goal.drop is None or state.meets(trained, goal.drop):
             return trained
     return state.points[-1]
 
@@ -264,7 +264,7 @@ def _left(found: Sensitivity, state: Search, point: Point, score: Score, goal: _
     said += [f"{layer}: stays float" for layer, option in point.chosen.items() if option.bits is None]
     if score.spread:
         said.append(f"evaluate varies by {score.spread:.2g} from call to call; the mean of {score.repeats} calls decided")
-    smaller = [p for p in state.points if p.bytes < point.bytes and goal.drop is not None and state.drop(p) > goal.drop]
+    smaller = [p for p in state.points if p.bytes < point.bytes and goal.drop is not None and not state.meets(p, goal.drop)]
     if smaller:
         nearest = max(smaller, key=lambda p: p.bytes)
         said.append(f"the next smaller point, of {nearest.bytes:,} bytes, drops {state.drop(nearest):.4g}")
