@@ -5,18 +5,23 @@ import resource
 import subprocess
 import sys
 import time
+import unittest.mock
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from test_pack_kinds import every
 from test_pack_onnx import run, weight, write
 
 import torchopt
 from torchopt.cli.commands import status
 from torchopt.export import decode_initializers, export, to_ort, unpack
+from torchopt.onnx_file.read import read
+from torchopt.onnx_file.serialize import serialized
 from torchopt.pack import pack
+from torchopt.pack.in_place import pack_model
 from torchopt.runtime import inspect
 
 
@@ -47,7 +52,9 @@ def twisted(data: bytes, rng: np.random.Generator) -> bytes:
         attribute = node.attribute[int(rng.integers(len(node.attribute)))]
         attribute.ints[:] = [int(n) for n in rng.choice([-1, 0, 1, 7, 96, 1 << 20, 1 << 40, (1 << 63) - 1], rng.integers(0, 4))]
     elif which == 2:
-        node.op_type = str(rng.choice(["t1", "t8", "mt4", "umt4", "g3t4", "g9t4", "c4", "mr", "o", "t5p2p8", "mT8", "", "x"]))
+        node.op_type = str(
+            rng.choice(["t1", "t8", "mt4", "umt4", "g3t4", "g9t4", "c4", "mr", "o", "t5p2p8", "mT8", "", "x", "H0", "H4g5", "v"])
+        )
     elif which == 3:
         node.input[:] = [str(name) for name in rng.permutation(list(node.input))[: rng.integers(0, 9)]]
     elif which == 4:
@@ -61,6 +68,22 @@ def twisted(data: bytes, rng: np.random.Generator) -> bytes:
     return model.SerializeToString()
 
 
+def shared(tmp_path, zeros: float) -> bytes:
+    """A packed file of two weights that are cut out of one stream of Huffman codes, whatever that takes."""
+    rng = np.random.default_rng(0)
+    values = np.minimum(rng.geometric(0.35, (2, 64, 128)), 14).astype(np.float32) / 8
+    values[rng.random(values.shape) < zeros] = 0
+    weights = [numpy_helper.from_array(value, f"w{i}") for i, value in enumerate(values)]
+    nodes = [helper.make_node("MatMul", ["x", f"w{i}"], [f"y{i}"]) for i in range(2)]
+    ends = [[helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in names] for names in (["x"], ["y0", "y1"])]
+    graph = helper.make_graph(nodes, "g", *ends, weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "b.onnx")
+    model = read(tmp_path / "b.onnx")
+    with unittest.mock.patch.object(sys.modules["torchopt.pack.together"], "function_bytes_of", return_value={}):
+        assert "huffman" in str(pack_model(model, smallest=True))
+    return serialized(model, "fuzz")
+
+
 def fuzz(tmp_path, count: int) -> None:
     sources = []
     for kind in ("g3t4", "mT4", "c4", "mc4", "ut6p5p8"):
@@ -68,6 +91,7 @@ def fuzz(tmp_path, count: int) -> None:
         pack(tmp_path / "a.onnx", tmp_path / "b.onnx")
         sources.append((tmp_path / "b.onnx").read_bytes())
     sources.append((tmp_path / "a.onnx").read_bytes())
+    sources += [shared(tmp_path, zeros) for zeros in (0.0, 0.8)]
     (tmp_path / "out.onnx").write_bytes(b"old")
     for seed in range(count):
         (tmp_path / "m.onnx").write_bytes(mutated(sources[seed % len(sources)], seed // len(sources)))

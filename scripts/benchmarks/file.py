@@ -1,8 +1,8 @@
 """Bytes of whole files: packed and smallest against gzip, zstd, xz and DeepCABAC of the same dense file, and what the bytes are.
 
 Seven networks in four forms. Those of MLPerf Tiny and the transformer are trained here for some steps on random pictures of random
-classes, so that weights are bells as after training and not the uniform noise of initialization; MobileNetV2 has its weights of ImageNet
-where the data folder has them. Weights are rounded to nearest: what the solver does to accuracy is another benchmark. `zstd` is the
+classes, so that weights are bells as after training and not the uniform noise of initialization; MobileNetV2 has its weights of ImageNet,
+from the data folder. Weights are rounded to nearest: what the solver does to accuracy is another benchmark. `zstd` is the
 module zstandard or the program; DeepCABAC is `nncodec` where it can be installed, applied to the integers of each weight, with what
 gzip makes of the rest of the file.
 
@@ -31,6 +31,7 @@ import onnxruntime
 import torch
 import torchvision
 from harness import DOCS, Row, note, write
+from ptq import network
 from torch import nn
 
 from torchopt import Cluster, Prune, Quantize, Rule, export, one_shot
@@ -73,7 +74,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {  #
     "mobilenet_v1_025": (lambda: build("mobile_net", 2, 3, width=0.25), (3, 96, 96), 2),
     "transformer": (Transformer, (32, 64), 10),
     "resnet18": (lambda: torchvision.models.resnet18(num_classes=10), (3, 64, 64), 10),
-    "mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(num_classes=10), (3, 64, 64), 10),
+    "mobilenet_v2": (network, (3, 128, 128), 1000),
 }
 
 
@@ -83,8 +84,8 @@ def trained(name: str, steps: int) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     model, x = make(), torch.randn(32, *shape)
     y = torch.randint(0, classes, (32,))
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
-    for _ in range(steps):
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-4 if name == "resnet18" else 2e-3, weight_decay=0.05)
+    for _ in range(0 if name == "mobilenet_v2" else steps):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()

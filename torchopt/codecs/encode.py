@@ -15,6 +15,8 @@ from torchopt.codecs.positions import best_gap_bits, gaps
 CALL_BYTES = 80  # what one packed tensor costs in an ONNX file beside its arrays: a node, names, shapes
 SAMPLE = 65_536  # elements looked at before a tensor is given up as never clustered
 TABLE_AT_MOST = 256
+PAIRED = 4  # bits of symbols that ONNX has a type for: unpacking them takes no function, which in a small file counts more than some bits
+PAIRED_AT_MOST = 1 << 18  # bytes of a tensor that is small in this sense
 GAPS_AT_MOST = 0.95  # of the mask's bytes, codes included: gaps take longer to decode than a mask does
 
 
@@ -62,11 +64,16 @@ def _sparse(value: np.ndarray, bits: np.ndarray, found: tuple[np.ndarray, np.nda
     # The values rise as unsigned integers, so zero has code 0.
     inner = distinct(kept) if found is None else (found[0][1:], np.subtract(kept, np.uint8(1), out=kept))
     if inner is None:
-        yield _build(value, *_placed(bits, "raw", kept, np.empty(0, np.uint8)))
+        placed = _build(value, *_placed(bits, "raw", kept, np.empty(0, np.uint8)))
     elif len(inner[0]) == 1:
-        yield _build(value, *_placed(bits, "one", inner[0], np.empty(0, np.uint8)))
+        placed = _build(value, *_placed(bits, "one", inner[0], np.empty(0, np.uint8)))
     elif len(inner[0]):
-        yield _build(value, *_placed(bits, "table", *inner))
+        placed = _build(value, *_placed(bits, "table", *inner))
+    else:
+        return
+    yield placed
+    if placed.positions == "gaps" and placed.gap_bits != PAIRED and value.nbytes < PAIRED_AT_MOST:
+        yield replace(placed, gap_bits=PAIRED, where=gaps(bits, PAIRED))
 
 
 def _nonzeros(bits: np.ndarray, taken: np.ndarray) -> np.ndarray:

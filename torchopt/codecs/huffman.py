@@ -127,6 +127,8 @@ def decompress(stream: Huffman) -> np.ndarray:
     symbol_of, length_of = _tables(stream)
     if len(stream.lanes) != -(-stream.count // LANE) or stream.count < 1 or len(stream.data) < 3:
         raise ValueError(f"{len(stream.lanes)} lanes in {len(stream.data)} bytes for {stream.count} symbols")
+    if len(stream.lanes) > 1 and int(stream.lanes[:-1].min()) + stream.base < LANE:
+        raise ValueError(f"a lane of fewer than {LANE} bits for as many symbols")
     starts = np.cumsum(stream.lanes.astype(np.int64) + stream.base) - stream.lanes - stream.base
     last = 8 * (len(stream.data) - 1) - 1  # where a window of eight bits still lies within the stream
     if starts[-1] > last or stream.base < 0:

@@ -18,7 +18,7 @@ from torchopt.codecs.bits import stream_bytes
 from torchopt.codecs.huffman import Huffman, code_bytes, compress, decompress
 from torchopt.codecs.positions import from_gaps, gaps
 
-LOW_AT_MOST = 5  # plain bits
+DECODER = {0: 0, 1: 340, 2: 335, 3: 1040, 4: 0, 5: 530}  # bytes that functions take in a file to unpack so many plain bits
 GAP_BITS = (3, 4, 5, 6)  # widths of gap symbols that are tried; the last has the longest alphabet of `huffman`
 SPARSE = 0.4  # zeros from which on gaps are tried
 NEAR = 1.002  # of the smallest: more plain bits are taken then, for they are decoded sooner and in less memory
@@ -111,9 +111,9 @@ def _low_bits(counts: np.ndarray) -> tuple[int, int] | None:
     """(bytes, how many plain bits) of codes that occur so often, or None where no form fits."""
     total = int(counts.sum())
     sizes = {}
-    for low in range(LOW_AT_MOST + 1):
+    for low, decoder in DECODER.items():
         high = counts.reshape(-1, 1 << low).sum(axis=1)
-        sizes[low] = code_bytes(high) + (stream_bytes(total, low) if low else 0)
+        sizes[low] = code_bytes(high) + (stream_bytes(total, low) if low else 0) + decoder
     least = min(sizes.values())
     return None if least >= 1 << 62 else (least, max(low for low, size in sizes.items() if size <= NEAR * least))
 

@@ -42,20 +42,25 @@ class _Options:
             needed = {name: size for kind in kinds for name, size in self.sizes[kind].items() if name not in given}
             return tensors + sum(needed.values())
 
-        kinds = set(self.sizes)
-        while droppable := sorted(kinds - given):
-            least, kind = min((cost(kinds - {kind}), kind) for kind in droppable)
-            if least >= cost(kinds):
+        fewer, more = set(self.sizes), set[str]()
+        while droppable := sorted(fewer - given):
+            least, kind = min((cost(fewer - {kind}), kind) for kind in droppable)
+            if least >= cost(fewer):
                 break
-            kinds.remove(kind)
-        return kinds, cost(kinds)
+            fewer.remove(kind)
+        while left := sorted(set(self.sizes) - more):
+            least, kind = min((cost(more | {kind}), kind) for kind in left)
+            if least >= cost(more):
+                break
+            more.add(kind)
+        return min(((kinds, cost(kinds)) for kinds in (fewer, more)), key=lambda found: found[1])
 
 
 def chosen(weights: dict[str, Constant], opset: int) -> Iterator[tuple[str, Encoding]]:
     """Yield the encoding of each weight that gets one.
 
     A large tensor takes its smallest. The small ones share decoders, which cost bytes too: starting from all kinds, the kind whose
-    loss saves most is dropped, until none does.
+    loss saves most is dropped, until none does; and starting from none, the kind that saves most is added. The better way counts.
     """
     given, options = set[str](), _Options()
     for name, value in weights.items():

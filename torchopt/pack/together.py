@@ -67,23 +67,40 @@ def groups(weights: dict[str, Constant], graph: ir.Graph, opset: int, *, smalles
         value = values_of(constant)
         if constant.scope.body is graph and (smallest or value.nbytes < SMALL) and (kind := _kind(value)) is not None:
             kinds.setdefault(kind, []).append(name)
-    left, known = STREAM_AT_MOST, set[str]()
+    left, tried = STREAM_AT_MOST, list[tuple[int, dict[str, int], Group]]()
     for kind, names in sorted(kinds.items()):
         if len(names) < 2 and not smallest:
             continue
         codes, members = _end_to_end(names, weights, shared=kind[0] == 8)
-        allowed = left if smallest and opset >= OLDEST else 0
-        form = _form(codes, opset, allowed)
+        form = _form(codes, opset, left if smallest and opset >= OLDEST else 0)
         if form is None:
             continue
-        functions = function_bytes_of(form, opset)
-        more = sum(size for function, size in functions.items() if function not in known)
         tables = {m.table.tobytes(): m.table.nbytes + TABLE_BYTES for m in members}
-        size = form.payload_bytes + CALL_BYTES + more + len(members) * CUT_BYTES + sum(tables.values())
-        if size < bytes_apart({name: weights[name] for name in names}, opset):
-            known |= {*functions}
+        size = form.payload_bytes + CALL_BYTES + len(members) * CUT_BYTES + sum(tables.values())
+        saved = bytes_apart({name: weights[name] for name in names}, opset) - size
+        if saved > 0:
             left -= form.stream_bits if isinstance(form, Joined) else 0
-            yield Group(members=members, form=form, count=len(codes))
+            tried.append((saved, function_bytes_of(form, opset), Group(members=members, form=form, count=len(codes))))
+    yield from _worth_their_functions(tried)
+
+
+def _worth_their_functions(tried: list[tuple[int, dict[str, int], Group]]) -> list[Group]:
+    """Those groups that, with the functions that they share, save most: from all of them on, whichever costs more than it saves goes."""
+
+    def saved(kept: list[tuple[int, dict[str, int], Group]]) -> int:
+        needed: dict[str, int] = {}
+        for _, functions, _ in kept:
+            needed |= functions
+        return sum(own for own, _, _ in kept) - sum(needed.values())
+
+    kept = tried
+    while kept:
+        without = [[other for other in kept if other is not one] for one in kept]
+        best = max(without, key=saved)
+        if saved(best) < saved(kept):
+            break
+        kept = best
+    return [group for _, _, group in kept]
 
 
 def _kind(value: np.ndarray) -> tuple[int, bool] | None:

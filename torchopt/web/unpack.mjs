@@ -138,7 +138,7 @@ function codesOf(node, tensors) {
 /** The symbols of a stream of Huffman codes (torchopt/codecs/huffman.py). */
 function huffman([data, lanes, order, free], base, count) {
   if (order.raw.length !== free.raw.length) throw new Error(`${order.raw.length} codes of ${free.raw.length} lengths`);
-  if (lanes.array.length !== Math.ceil(count / LANE) || data.raw.length < 3) throw new Error(`${lanes.array.length} lanes for ${count} symbols`);
+  if (lanes.array.length !== Math.ceil(count / LANE) || data.raw.length < 3 || count > 8 * data.raw.length) throw new Error(`${lanes.array.length} lanes for ${count} symbols`);
   const [symbolOf, lengthOf] = [new Uint8Array(256), new Uint8Array(256)];
   let end = 0;
   order.raw.forEach((symbol, i) => {
