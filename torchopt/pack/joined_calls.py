@@ -117,6 +117,7 @@ class Codes:
 
     def __init__(self, node: ir.Node) -> None:
         self.call = Call.of(node, known=_KIND.fullmatch(node.op_type) is not None)
+        self.count = math.prod(self.call.ints["d"])
         self.found: np.ndarray | None = None
 
     @classmethod
@@ -181,7 +182,10 @@ class CutCall:
         ints = {key: list(attr.as_ints()) for key, attr in node.attributes.items() if attr.type == ir.AttributeType.INTS}
         if tensor is None or min(ints["d"], default=0) < 0:
             raise ValueError("an operand is no constant" if tensor is None else f"shape {tuple(ints['d'])}")
-        return cls(codes=Codes.of(codes), table=tensor, start=ints["o"][0], shape=tuple(ints["d"]))
+        made, start, size = Codes.of(codes), ints["o"][0], math.prod(ints["d"])
+        if not 0 <= start <= made.count - size:
+            raise ValueError(f"elements {start} to {start + size} of {made.count} codes")
+        return cls(codes=made, table=tensor, start=start, shape=tuple(ints["d"]))
 
     @property
     def dtype(self) -> ir.DataType:
@@ -195,8 +199,8 @@ class CutCall:
             ValueError: the codes end before it does, or one has no entry; or they are damaged.
         """
         codes, table, size = self.codes.array(), self.table.numpy(), math.prod(self.shape)
-        if not 0 <= self.start <= len(codes) - size or table.ndim != 1:
-            raise ValueError(f"elements {self.start} to {self.start + size} of {len(codes)} codes")
+        if self.start + size > len(codes) or table.ndim != 1:
+            raise ValueError(f"{len(codes)} codes, {self.start + size} or more are needed, in a table of shape {table.shape}")
         piece = codes[self.start : self.start + size]
         if size and piece.max() >= len(table):
             raise ValueError(f"code {piece.max()} has no entry in a table of {len(table)}")

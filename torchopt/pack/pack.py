@@ -131,6 +131,23 @@ def unpack_model(model: ir.Model, where: str) -> None:
         model.opset_imports.pop("", None)
 
 
+def check_calls(model: ir.Model, where: str) -> None:
+    """See that each call that decodes a weight is one, before a runtime is given it: ONNX Runtime aborts on some sizes that lie.
+
+    Raises:
+        FileError: a packed weight is damaged.
+    """
+    for scope in scopes_of(model):
+        for node in scope.body:
+            if node.domain == DOMAIN and not is_joined(node):
+                with _damage(where, f"the packed weight {node.outputs[0].name if node.outputs else node.name}"):
+                    _call_of(node)
+
+
+def _call_of(node: ir.Node) -> Call | CutCall:
+    return CutCall.of(node) if node.op_type == CUT_KIND else Call.of(node)
+
+
 def _restore(node: ir.Node, scope: Scope, where: str) -> ir.Value | None:
     """Put the dense tensor in the place of the call that decodes it; return the initializer, if it became one."""
     body = scope.body
@@ -138,7 +155,7 @@ def _restore(node: ir.Node, scope: Scope, where: str) -> ir.Value | None:
         raise FileError(f"{where}: the packed weight of node {node.name!r} is damaged ({len(node.outputs)} outputs)")
     output, parts = node.outputs[0], [v for v in node.inputs if v is not None]
     with _damage(where, f"the packed weight {output.name}"):
-        call = CutCall.of(node) if node.op_type == CUT_KIND else Call.of(node)
+        call = _call_of(node)
     decoded = functools.partial(_decoded, call, where, str(output.name))
     dense = ir.LazyTensor(decoded, call.dtype, ir.Shape(call.shape), name=output.name)
     constant = recalled(node, dense)

@@ -290,5 +290,7 @@ def _run(other: _File, group: list[_Packed]) -> list[np.ndarray]:
         onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     )  # folding would only do the same earlier
     options.enable_mem_pattern = options.enable_cpu_mem_arena = False
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"], enable_fallback=0
+    )  # a fallback would print
     return list(session.run(None, {}))

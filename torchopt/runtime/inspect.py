@@ -12,6 +12,7 @@ from typing import Any
 
 from torchopt.onnx_file.read import read
 from torchopt.onnx_file.view import View
+from torchopt.pack.pack import check_calls
 from torchopt.runtime.found import Found, layers
 from torchopt.runtime.kernels import Kernel, Ran, ran
 from torchopt.runtime.reasons import reason
@@ -77,6 +78,7 @@ def inspect(path: str | os.PathLike[str]) -> Placement:
         FileError: the file is missing, damaged, or refused.
     """
     model = read(path)
+    check_calls(model, str(path))
     view = View(model)
     found, became = layers(view), ran(path, model, view)
     rows = [_layer(layer, _kernels(layer, became), view) for layer in found]
