@@ -207,6 +207,22 @@ class CutCall:
         return np.asarray(table[piece].reshape(self.shape))
 
 
+def check_sizes(node: ir.Node) -> None:
+    """See that the shape of a call is one, and that what is cut out lies within the codes.
+
+    Raises:
+        ValueError: it is not so.
+        KeyError: a size is missing.
+    """
+    if min(shape := list(node.attributes["d"].as_ints()), default=0) < 0:
+        raise ValueError(f"shape {tuple(shape)}")
+    made = node.inputs[0].producer() if node.op_type == CUT_KIND and node.inputs and node.inputs[0] is not None else None
+    if made is not None and made.domain == DOMAIN:
+        start, count = node.attributes["o"].as_ints()[0], math.prod(made.attributes["d"].as_ints())
+        if not 0 <= start <= count - math.prod(shape):
+            raise ValueError(f"elements {start} to {start + math.prod(shape)} of {count} codes")
+
+
 def _huffman(tensors: list[ir.TensorProtocol], base: int, count: int) -> Huffman:
     bits, lanes, order, free = (tensors.pop(0).numpy() for _ in range(4))
     if bits.dtype != np.uint8 or bits.ndim != 1 or lanes.dtype not in (np.uint8, np.uint16) or lanes.ndim != 1:
