@@ -20,7 +20,12 @@ from torchopt.c_code.arena import Arena, planned
 from torchopt.c_code.program import C_TYPE, Program, Step, Value
 
 MARK = re.compile(r"^/\* ==== for each type T ==== \*/\n", re.M)
-SHARED = ("nearest", "requantized", "products")  # templates that others call, in the order in which they build on each other
+SHARED = (
+    "nearest",
+    "requantized",
+    "plus",
+    "products",
+)  # templates that others call, in the order in which they build on each other
 TYPES = {"u8": "uint8_t", "s8": "int8_t", "f32": "float"}
 WIDTH = 130
 FORMS = ("CODES", "RUNS", "RUNS4")

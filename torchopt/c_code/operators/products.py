@@ -166,13 +166,12 @@ def _scaled(lowering: Lowering, ratio: np.ndarray) -> dict[str, Any]:
 
 
 def _in_32_bits(lowering: Lowering, bias: np.ndarray, weights: np.ndarray, zero: int = 0) -> np.ndarray:
-    """The bias with the zero point taken off, if no sum can leave 32 bits."""
+    """The bias with the zero point taken off, modulo 2³² as the kernels add it; a sum of products itself must fit 32 bits."""
     rows = weights.reshape(len(weights), -1).astype(np.int64)
-    folded = bias - zero * rows.sum(1)
-    worst = int((np.abs(folded) + 255 * np.abs(rows).sum(1)).max()) + int(np.abs(bias).max())
-    if worst > MOST:
-        raise lowering.error(f"has sums up to {worst:,}, which do not fit 32 bits; smaller weights or a smaller bias are needed")
-    return folded.astype(np.int32)
+    largest = int(np.abs(rows).sum(1).max()) * 255
+    if largest > MOST:
+        raise lowering.error(f"has sums of products up to {largest:,}, which do not fit 32 bits; smaller weights are needed")
+    return (bias - zero * rows.sum(1)).astype(np.int64).astype(np.uint64).astype(np.uint32).view(np.int32)
 
 
 def _centered(lowering: Lowering, index: int, zeros: int, *, axis: int) -> np.ndarray:

@@ -16,13 +16,18 @@ struct conv {
 /* ==== for each type T ==== */
 
 /* Copy what one output pixel reads of one group into a row; outside the picture lies the zero point. */
-static void gather_T(const struct conv *c, const T *x, int pixel, int first, int channels, T *row)
+static void gather_T(const struct conv *c, const T *x, int line, int column, int first, int channels, T *row)
 {
-    const int top = pixel / c->out_width * c->stride_y - c->pad_top;
-    const int left = pixel % c->out_width * c->stride_x - c->pad_left;
+    const int top = line * c->stride_y - c->pad_top, left = column * c->stride_x - c->pad_left;
+    const int whole = c->groups == 1 && c->dilation_x == 1 && left >= 0 && left + c->kernel_width <= c->in_width;
     int ky, kx, i;
     for (ky = 0; ky < c->kernel_height; ky++) {
         const int y = top + ky * c->dilation_y;
+        if (whole && y >= 0 && y < c->in_height) { /* the kernel's line lies in one piece */
+            memcpy(row, x + (y * c->in_width + left) * channels, (size_t)(c->kernel_width * channels) * sizeof(T));
+            row += c->kernel_width * channels;
+            continue;
+        }
         for (kx = 0; kx < c->kernel_width; kx++, row += channels) {
             const int at = left + kx * c->dilation_x;
             if (y < 0 || y >= c->in_height || at < 0 || at >= c->in_width)
@@ -34,6 +39,20 @@ static void gather_T(const struct conv *c, const T *x, int pixel, int first, int
     }
 }
 
+/* Round the sums of `count` channels from `first` on to their grid. */
+static void rounded_T(const struct conv *c, int first, int count, const int32_t *sums, T *y)
+{
+    const int32_t *bias = c->bias + first;
+    const float *ratio = c->ratio + first * c->ratio_step;
+    int i;
+    if (c->ratio_step)
+        for (i = 0; i < count; i++)
+            y[i] = (T)(requantized(plus(sums[i], bias[i]), ratio[i], c->low, c->high) + c->out_zero);
+    else
+        for (i = 0; i < count; i++)
+            y[i] = (T)(requantized(plus(sums[i], bias[i]), *ratio, c->low, c->high) + c->out_zero);
+}
+
 static void conv_T(const struct conv *c, const T *x, T *y, void *scratch)
 {
     const int channels = c->in_channels / c->groups, outputs = c->out_channels / c->groups;
@@ -43,31 +62,38 @@ static void conv_T(const struct conv *c, const T *x, T *y, void *scratch)
                        && (c->out_height - 1) * c->stride_y < c->in_height && (c->out_width - 1) * c->stride_x < c->in_width;
     T *rows = scratch;
     int8_t *unpacked_row = (int8_t *)scratch + (direct ? 0 : 4 * (size_t)taps);
-    int pixel, group, i;
+    int pixel, group, i, line = 0, column = 0;
     for (pixel = 0; pixel < pixels; pixel += 4) {
         const int count = pixels - pixel < 4 ? pixels - pixel : 4;
         const uint8_t *data = c->weights.data;
+        int lines[4], columns[4];
+        for (i = 0; i < 4; i++) { /* where these pixels are; the last ones stand in for those that are not */
+            lines[i] = line;
+            columns[i] = column;
+            if (i < count && pixel + i + 1 < pixels && ++column == c->out_width) {
+                column = 0;
+                line++;
+            }
+        }
         for (group = 0; group < c->groups; group++) {
             const T *read[4];
-            int channel;
-            for (i = 0; i < 4; i++) {
-                const int at = pixel + (i < count ? i : 0);
+            int first;
+            for (i = 0; i < 4; i++)
                 if (direct) {
-                    const int line = at / c->out_width * c->stride_y, column = at % c->out_width * c->stride_x;
-                    read[i] = x + (line * c->in_width + column) * c->in_channels + group * channels;
+                    const int at = lines[i] * c->stride_y * c->in_width + columns[i] * c->stride_x;
+                    read[i] = x + at * c->in_channels + group * channels;
                 } else {
                     read[i] = rows + (i < count ? i : 0) * taps;
                     if (i < count)
-                        gather_T(c, x, at, group * channels, channels, rows + i * taps);
+                        gather_T(c, x, lines[i], columns[i], group * channels, channels, rows + i * taps);
                 }
-            }
-            for (channel = group * outputs; channel < (group + 1) * outputs; channel++) {
-                int32_t sums[4];
-                const float ratio = c->ratio[channel * c->ratio_step];
-                data = products_T(&c->weights, channel, data, read, count, taps, unpacked_row, sums);
+            for (first = group * outputs; first < (group + 1) * outputs; first += ROWS_AT_ONCE) {
+                const int left = (group + 1) * outputs - first, many = left < ROWS_AT_ONCE ? left : ROWS_AT_ONCE;
+                int32_t sums[4 * ROWS_AT_ONCE];
+                for (i = 0; i < many; i++)
+                    data = products_T(&c->weights, first + i, data, read, count, taps, unpacked_row, sums + i);
                 for (i = 0; i < count; i++)
-                    y[(pixel + i) * c->out_channels + channel] =
-                        (T)(requantized(sums[i] + c->bias[channel], ratio, c->low, c->high) + c->out_zero);
+                    rounded_T(c, first, many, sums + i * ROWS_AT_ONCE, y + (pixel + i) * c->out_channels + first);
             }
         }
     }

@@ -15,9 +15,9 @@ static void linear_to_float_T(const struct linear_to_float *c, const T *x, float
         const T *const read[4] = {x, x, x, x};
         const uint8_t *data = c->weights.data;
         for (i = 0; i < c->outputs; i++) {
-            int32_t sums[4];
+            int32_t sums[4 * ROWS_AT_ONCE];
             data = products_T(&c->weights, i, data, read, 1, c->inputs, scratch, sums);
-            *y++ = (float)(sums[0] + c->bias[i]) * c->ratio[i * c->ratio_step];
+            *y++ = (float)plus(sums[0], c->bias[i]) * c->ratio[i * c->ratio_step];
         }
     }
 }
