@@ -1,5 +1,7 @@
 """Forms that strangers' networks have: weights that torch's parametrizations compute, and extremes over everything."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch.nn.utils import parametrizations
 
 import torchopt
 from torchopt import Prune, Quantize, Rule
+from torchopt.run import read_report
 
 
 class Normed(nn.Module):
@@ -76,3 +79,23 @@ def test_extremes_over_everything_and_over_axes(axes, tmp_path):
     given = torchopt.runtime.session(tmp_path / "model.onnx").run(None, {"x": x.numpy()})
     for ours, theirs in zip(small(x), given, strict=True):
         torch.testing.assert_close(torch.from_numpy(theirs), ours.detach(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda r: r["score"].pop("final"), lambda r: r["layers"].append(3), lambda r: r["size_bytes"].update(final=0)]
+)
+def test_a_report_that_is_damaged_within_is_one_sentence(damage, tmp_path):
+    found = {
+        "score": {"baseline": 0.9, "final": 0.9},
+        "size_bytes": {"baseline": 4, "final": 2},
+        "latency_ms": {"baseline": 2.0, "final": 1.0},
+        "layers": [{"shape": [2], "sparsity": 0.5}],
+        "placement": {"integer": ["a"], "float": []},
+        "verify": {"weights_equal": True, "top1_agreement": 1.0},
+    }
+    (tmp_path / "report.json").write_text(json.dumps(found))
+    assert read_report(tmp_path)["score"]["final"] == 0.9
+    damage(found)
+    (tmp_path / "report.json").write_text(json.dumps(found))
+    with pytest.raises(torchopt.FileError, match="report.json: is damaged"):
+        read_report(tmp_path)

@@ -136,7 +136,8 @@ def file_bytes(path: str | os.PathLike[str]) -> int:
     model, own = read(path), Path(path).stat().st_size
     if not model.meta.get(EXTERNAL):
         return own
-    return own + sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    values = (value for graph in model.graphs() for value in graph.initializers.values())
+    return own + sum(value.const_value.nbytes for value in values if value.const_value is not None)
 
 
 def _checked(weights: str | None, n_clusters: int | None, activations: str | None, calibration: object) -> tuple[str, str]:

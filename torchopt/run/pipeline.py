@@ -31,7 +31,7 @@ from torchopt.io.files import write_text
 from torchopt.io.importing import in_users_code
 from torchopt.process.random_state import random_state_kept
 from torchopt.recipe import Loaded, Recipe
-from torchopt.report import histogram, write_html
+from torchopt.report import histogram, summary_rows, write_html
 from torchopt.report import report as weight_report
 from torchopt.rules import assign
 from torchopt.run.folder import (
@@ -202,9 +202,10 @@ def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
         missing = [part for part, kind in PARTS.items() if not isinstance(found, dict) or not isinstance(found.get(part), kind)]
         if missing:
             raise ValueError(f"{missing[0]!r} is missing, or of another kind")
+        summary_rows(found)  # what is missing within is named
     except OSError as error:
         raise FileError(f"{path}: cannot be read; the folder of a finished run is needed") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
         raise FileError(f"{path}: is damaged ({error}); run again with --overwrite") from error
     return found
 
