@@ -75,7 +75,6 @@ LONGER = {  # than the house wants, and by how much at most: lines of files, and
     "data/sources.py": 308,
     "export/export.py": 304,
     "quantize/graph/placement.py": 303,
-    "quantize/graph/trace.py": 319,
     "quantize/layers/modules.py": 305,
     "compress/shrink.py:shrink": 72,
     "export/export.py:export": 78,
@@ -115,6 +114,22 @@ def test_one_room_owns_each_engine(library: str, allowed: str) -> None:
         where = path.relative_to(PACKAGE).as_posix()
         uses = any(name == library or name.startswith(library + ".") for name in [*_imports(path), *_dotted(path)])
         assert not uses or re.search(allowed, where), f"{where} uses {library}; only {allowed} may"
+
+
+def test_one_file_writes_marks_on_modules() -> None:
+    """A module's `__dict__` is copied as a whole, or by the module itself; single names in another's are of `network/marks.py` alone."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            of = {
+                ast.Subscript: lambda n: n.value,
+                ast.Attribute: lambda n: n.value if n.attr in {"get", "pop", "setdefault"} else n,
+                ast.Compare: lambda n: n.comparators[0],
+            }.get(type(node), lambda n: n)(node)
+            single = of is not node and isinstance(of, ast.Attribute) and of.attr == "__dict__"
+            alone = single and not (isinstance(of.value, ast.Name) and of.value.id == "self")
+            assert not alone or path.name == "marks.py", (
+                f"{path.relative_to(PACKAGE)}:{node.lineno} reads or writes a mark by itself"
+            )
 
 
 def test_the_index_of_the_architecture_names_files() -> None:

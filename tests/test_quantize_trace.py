@@ -8,7 +8,8 @@ from torchvision.ops import StochasticDepth
 
 import torchopt
 from torchopt import Quantize, Rule
-from torchopt.quantize.graph.trace import EXAMPLE, forget, trace
+from torchopt.quantize.graph.trace import trace
+from torchopt.quantize.graph.tracer import EXAMPLE, forget
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
 STATIC = [Rule("*", quantize=Quantize(observer="minmax", rounding="nearest", equalize=False))]

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from torchopt.channels.groups import LAYERS, MATRICES, out_dim
+from torchopt.network.marks import mark, marked
 from torchopt.network.weights import Skipped
 
 NOTE = "torchopt_shrunken"
@@ -65,7 +66,7 @@ def shrunken_of(model: nn.Module) -> Shrunken | None:
         >>> shrunken_of(nn.Linear(2, 1)) is None
         True
     """
-    found = model.__dict__.get(NOTE)
+    found = marked(model, NOTE)
     return found if isinstance(found, Shrunken) else None
 
 
@@ -87,12 +88,13 @@ def take_note(small: nn.Module, whole: nn.Module, macs: tuple[int, int], kept: S
     if earlier is not None:
         before |= {name: old for name, (old, _) in earlier.widths.items() if name in before}
     counts = [sum(p.numel() for p in net.parameters()) for net in (whole, small)]
-    small.__dict__[NOTE] = Shrunken(
+    note = Shrunken(
         widths={name: (before[name], new) for name, new in after.items() if before.get(name, new) != new},
         macs=macs if earlier is None else (earlier.macs[0], macs[1]),
         parameters=(counts[0] if earlier is None else earlier.parameters[0], counts[1]),
         kept=tuple(kept),
     )
+    mark(small, NOTE, note)
 
 
 def _widths(model: nn.Module) -> dict[str, int]:

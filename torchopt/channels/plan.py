@@ -17,6 +17,7 @@ from torchopt.channels.layers.attention import HeadAttention, adopt
 from torchopt.channels.note import NOTE, Shrunken, shrunken_of
 from torchopt.channels.remembered import numbers, put
 from torchopt.errors import StateError
+from torchopt.network.marks import mark
 
 SIZES = (
     "in_channels", "out_channels", "groups",  # convolutions
@@ -72,23 +73,23 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     adopt(model, plan.get("heads", ()))
     for name, sizes in plan["sizes"].items():
         for attribute, size in sizes.items():
-            if name in modules and attribute in modules[name].__dict__:
+            if name in modules and attribute in vars(modules[name]):
                 setattr(modules[name], attribute, tuple(size) if isinstance(size, list) else size)
     for name, path, value in plan.get("numbers", ()):
-        if name in modules and path[0] in modules[name].__dict__:
+        if name in modules and path[0] in vars(modules[name]):
             put(model, name, path, value)
     for name, shape in plan["shapes"].items():
         owner, _, tensor = name.rpartition(".")
         if owner in modules:
             _resize(modules[owner], tensor, shape, name)
     if "shrunken" in plan:
-        model.__dict__[NOTE] = Shrunken.from_dict(plan["shrunken"])
+        mark(model, NOTE, Shrunken.from_dict(plan["shrunken"]))
 
 
 def _sizes(module: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for attribute in SIZES:
-        size = module.__dict__.get(attribute)
+        size = vars(module).get(attribute)
         if isinstance(size, int) and not isinstance(size, bool):
             found[attribute] = size
         elif isinstance(size, tuple):

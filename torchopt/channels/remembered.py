@@ -129,7 +129,7 @@ def numbers(model: nn.Module) -> Iterator[Number]:
         own = type(module).__module__.startswith(("torch.nn.", "torch.ao."))
         if isinstance(module, HeadAttention | nn.MultiheadAttention) or (own and not isinstance(module, SIZED)):
             continue
-        for attribute, value in module.__dict__.items():
+        for attribute, value in vars(module).items():
             if not (isinstance(module, LAYERS + NORMS) and attribute in GEOMETRY):
                 for path, number, owner in _in(value, (attribute,), type(module).__name__, known):
                     yield Number(module=name, path=path, owner=owner, value=number)

@@ -22,6 +22,7 @@ from torchopt.cluster.straight import grid_scale
 from torchopt.errors import ModelError, RuleError
 from torchopt.network.computed import can_be_pickled, cannot_be_assigned, show, uncompute
 from torchopt.network.grid import set_grid
+from torchopt.network.marks import mark, marked
 from torchopt.network.weights import Skipped, Weight, is_pruned, keeps_zeros
 
 POSITION = "_torchopt_position"  # of a weight among its module's parameters, kept on the list of its parametrizations
@@ -183,7 +184,7 @@ def _register(weight: Weight, shared: SharedWeights) -> None:
     parametrize.register_parametrization(module, leaf, shared, unsafe=True)
     can_be_pickled(module)
     cannot_be_assigned(module, leaf)
-    module.parametrizations[leaf].__dict__[POSITION] = position  # type: ignore[index, union-attr]
+    mark(module.parametrizations[leaf], POSITION, position)  # type: ignore[arg-type, index]
     shared.train(module.training)
     if leaf != weight.param and not isinstance(module, nn.RNNBase | NonDynamicallyQuantizableLinear):
         show(
@@ -215,7 +216,7 @@ def _strip(module: nn.Module, leaf: str, parameter: nn.Parameter) -> None:
     """Take the parametrization of `leaf` off this module only, and put the Parameter back in its place among the others."""
     stacks = module.parametrizations
     assert isinstance(stacks, nn.ModuleDict)
-    uncompute(module, leaf, parameter, stacks[leaf].__dict__[POSITION])
+    uncompute(module, leaf, parameter, marked(stacks[leaf], POSITION))
     if isinstance(module, nn.RNNBase):
         _remove_hooks(module)
 

@@ -148,5 +148,5 @@ def _float(module: Any) -> nn.Module:
     kind = next(base for base in type(module).__mro__ if base.__module__.startswith("torch.nn"))
     layer: nn.Module = object.__new__(kind)
     layer.__dict__.update({k: v for k, v in module.__dict__.items() if k not in ("scale", "zero_point")})
-    layer.__dict__["_buffers"] = {k: v for k, v in module._buffers.items() if k not in ("scale", "zero_point")}
+    layer._buffers = {k: v for k, v in module._buffers.items() if k not in ("scale", "zero_point")}
     return layer

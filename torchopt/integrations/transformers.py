@@ -56,4 +56,5 @@ def _name_twins(model: nn.Module) -> None:
             twins[name] = first
     known: Any = model._tied_weights_keys or {}
     if twins:  # on this model, not on its class; a dict from transformers 5 on, a list before
-        model.__dict__["_tied_weights_keys"] = {**known, **twins} if isinstance(known, dict) else [*known, *twins]
+        both: Any = {**known, **twins} if isinstance(known, dict) else [*known, *twins]
+        model._tied_weights_keys = both

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from torchopt.errors import StateError
+from torchopt.network.marks import marked, unmark
 
 Getter = Callable[[nn.Module, str], torch.Tensor]
 SHOWN = "_torchopt_shown"  # of torch's class: {attribute: what computes it}
@@ -30,7 +31,7 @@ def show(module: nn.Module, name: str, getter: Getter) -> None:
         getter: a function of a file's top level, so that pickle finds it.
     """
     kind = type(module)
-    module.__dict__.pop(name, None)
+    unmark(module, name)
     setattr(kind, SHOWN, {**vars(kind).get(SHOWN, {}), name: getter})
     setattr(kind, name, property(lambda self: getter(self, name), _refuse(name)))
 
@@ -115,7 +116,7 @@ def covered(module: nn.Module, name: str) -> Any:
     if isinstance(below, property):
         assert below.fget is not None
         return below.fget(module)
-    own = module.__dict__.get(name)
+    own = marked(module, name)
     return own if own is not None else module._parameters[name]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from torchopt.errors import StateError
+from torchopt.network.marks import mark, marked
 
 SUFFIX = "_grid_scale"
 
@@ -76,7 +77,7 @@ def set_grid(module: nn.Module, param: str, scale: torch.Tensor, bits: int, axis
         [[1, -2]]
     """
     module.register_buffer(param + SUFFIX, scale.detach().to(torch.float32).clone())
-    module.__dict__[f"_{param}_grid"] = (bits, axis, block)
+    mark(module, f"_{param}_grid", (bits, axis, block))
 
 
 def grids(model: nn.Module) -> dict[str, Grid]:
@@ -85,8 +86,9 @@ def grids(model: nn.Module) -> dict[str, Grid]:
     for prefix, module in model.named_modules():
         for buffer, scale in module._buffers.items():
             param = buffer.removesuffix(SUFFIX)
-            if buffer.endswith(SUFFIX) and scale is not None and f"_{param}_grid" in module.__dict__:
-                bits, axis, block = module.__dict__[f"_{param}_grid"]
+            known = marked(module, f"_{param}_grid") if buffer.endswith(SUFFIX) else None
+            if scale is not None and known is not None:
+                bits, axis, block = known
                 name = f"{prefix}.{param}" if prefix else param
                 found[name] = Grid(name=name, scale=scale, bits=bits, axis=axis, block=block)
     return found

@@ -16,6 +16,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
+from torchopt.network.marks import mark, marked
+
 RNN_WEIGHTS = ("weight_ih", "weight_hh", "weight_hr")
 IN_PROJECTION = "in_proj"  # the layer that holds an attention's `in_proj_weight` once it is opened for quantization
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -35,7 +37,7 @@ NOTE = "_torchopt_skipped"  # of a finalized model: what was left alone on the w
 
 def note_skipped(model: nn.Module, skipped: Sequence[Skipped]) -> None:
     """Leave a note on a plain model of what was left alone, and why."""
-    model.__dict__[NOTE] = tuple(skipped)
+    mark(model, NOTE, tuple(skipped))
 
 
 def noted(model: nn.Module) -> tuple[Skipped, ...]:
@@ -47,7 +49,7 @@ def noted(model: nn.Module) -> tuple[Skipped, ...]:
         >>> [skip.reason for skip in noted(layer)]
         ['frozen']
     """
-    found: tuple[Skipped, ...] = model.__dict__.get(NOTE, ())
+    found: tuple[Skipped, ...] = marked(model, NOTE, ())
     return found
 
 

@@ -30,6 +30,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torchopt.errors import StateError
 from torchopt.fast.zero import zero_
 from torchopt.network.computed import is_shown
+from torchopt.network.marks import mark, marked, unmark
 from torchopt.network.weights import Weight, keeps_zeros
 from torchopt.prune.config import Prune
 from torchopt.prune.score import add_inputs, empty_gathered, gathered_name
@@ -97,7 +98,7 @@ class Mask(BasePruningMethod):
             return product
         if not torch.compiler.is_compiling():
             self.multiply_(module, leaf)
-            if not isinstance(module, MaskedProjection) and module.__dict__.get(name) is not leaf:
+            if not isinstance(module, MaskedProjection) and marked(module, name) is not leaf:
                 _alias(module, name, leaf)
         return leaf
 
@@ -182,7 +183,7 @@ class Mask(BasePruningMethod):
             leaf.copy_(self.apply_mask(module))
         if isinstance(module, MaskedProjection):
             module.__class__ = NonDynamicallyQuantizableLinear  # type: ignore[assignment]
-        module.__dict__.pop(name, None)
+        unmark(module, name)
         _rename(module, f"{name}_orig", name)
         for buffer in (f"{name}_mask", name + FLOOR, gathered_name(name, self.config)):
             if buffer is not None:
@@ -200,7 +201,7 @@ class Release:
 
     def __call__(self, module: nn.Module, inputs: object, output: object) -> None:
         """Detach `module.<name>` where it is a product and no Parameter."""
-        value = module.__dict__.get(self.name)
+        value = marked(module, self.name)
         if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
             setattr(module, self.name, value.detach())
 
@@ -228,7 +229,7 @@ def _is_own_leaf(leaf: object) -> bool:
 
 def _alias(module: nn.Module, name: str, leaf: nn.Parameter) -> None:
     """Let `module.<name>` be the Parameter without registering it a second time."""
-    module.__dict__[name] = leaf
+    mark(module, name, leaf)
     if isinstance(module, nn.RNNBase):  # its forward reads this list
         module._flat_weights[module._flat_weights_names.index(name)] = leaf  # type: ignore[call-overload]
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from torchopt.network.marks import marked, unmark
 from torchopt.network.weights import IN_PROJECTION
 from torchopt.quantize.config import Quantize
 from torchopt.quantize.graph.naming import name_of_value
@@ -25,7 +26,7 @@ from torchopt.quantize.layers.dynamic import FusedDynamicLinear
 from torchopt.quantize.layers.float_layers import LEFT
 from torchopt.quantize.layers.modules import Fused
 from torchopt.quantize.layers.recurrent import QuantizedRecurrent
-from torchopt.quantize.layers.weight_grid import settle
+from torchopt.quantize.layers.weight_grid import SHARES, settle
 from torchopt.quantize.static import static
 from torchopt.quantize.targets import target_named
 
@@ -126,9 +127,9 @@ def left_float(model: nn.Module, assignment: dict[str, Quantize]) -> dict[str, s
 
 def _less(module: nn.Module | None, config: Quantize) -> str:
     """What a module lacks of its configuration; empty where it lacks nothing."""
-    if module is not None and LEFT in module.__dict__:
-        return str(module.__dict__[LEFT])
-    if module is None or not (isinstance(module, Fused | QuantizedRecurrent) or WEIGHTS_LATER in module.__dict__):
+    if module is not None and marked(module, LEFT):
+        return str(marked(module, LEFT))
+    if module is None or not (isinstance(module, Fused | QuantizedRecurrent) or marked(module, WEIGHTS_LATER)):
         return "the traced graph does not call it as a layer of a known class; it stays float (mode='weight_only' reaches it)"
     return "; ".join(_lacks(module, config))
 
@@ -152,19 +153,19 @@ def _lacks(module: nn.Module, config: Quantize) -> Iterator[str]:
 
 def _mode(module: nn.Module) -> str:
     """The mode in which a module is quantized."""
-    config = module.__dict__[WEIGHTS_LATER][0] if WEIGHTS_LATER in module.__dict__ else module.config
+    config = marked(module, WEIGHTS_LATER)[0] if marked(module, WEIGHTS_LATER) else module.config
     return config.mode if isinstance(config, Quantize) else ""
 
 
 def settle_scales(model: nn.Module) -> None:
     """After tables were attached: decide which weights have one scale for the whole tensor because their values are shared."""
     for module in model.modules():
-        module.__dict__.pop("_shares", None)  # the trial call decided before there were tables
+        unmark(module, SHARES)  # the trial call decided before there were tables
         if isinstance(module, Fused):
             settle(module, "weight")
         elif isinstance(module, QuantizedRecurrent):
             for param in module._flat_weights_names:
                 settle(module, param)
-        elif WEIGHTS_LATER in module.__dict__:
+        elif marked(module, WEIGHTS_LATER):
             for weight in weights_later(module):
                 settle(module, weight.param)

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from torchopt.errors import StateError
 from torchopt.network.grid import set_grid
+from torchopt.network.marks import marked, unmark
 from torchopt.network.surgery import module_of, set_module
 from torchopt.quantize.graph.dropout import Regularizer
 from torchopt.quantize.graph.fuse import activation_of, ends_of
@@ -21,6 +22,7 @@ from torchopt.quantize.layers.kernels import IntegerKernel, link_kernels
 from torchopt.quantize.layers.modules import Fused
 from torchopt.quantize.layers.recurrent import QuantizedRecurrent
 from torchopt.quantize.layers.rounding import FixedQuantize
+from torchopt.quantize.layers.weight_grid import SHARES
 
 
 def bake(model: nn.Module) -> nn.Module:
@@ -37,7 +39,7 @@ def bake(model: nn.Module) -> nn.Module:
         _bake_activations(model)
     tied = Tied()
     for name, module in list(model.named_modules()):
-        module.__dict__.pop(LEFT, None)
+        unmark(module, LEFT)
         if isinstance(module, Fused | QuantizedRecurrent):
             plain = tied.again(module, module.bake())
             if not name:
@@ -45,7 +47,7 @@ def bake(model: nn.Module) -> nn.Module:
             set_module(model, name, plain)
         elif isinstance(module, ActivationQuantizer):
             set_module(model, name, FixedQuantize.of(module))
-        elif WEIGHTS_LATER in module.__dict__:
+        elif marked(module, WEIGHTS_LATER):
             _snap(module, name)
     if not isinstance(model, fx.GraphModule):
         return model
@@ -137,7 +139,7 @@ def _saturates(quantizer: ActivationQuantizer, low: float, high: float) -> bool:
 def _snap(module: nn.Module, name: str) -> None:
     """Round the weights of a module that no quantized layer stands for (recurrent cells, attention, custom ones)."""
     found = weights_later(module)
-    config, bits, _ = module.__dict__[WEIGHTS_LATER]
+    config, bits, _ = marked(module, WEIGHTS_LATER)
     for weight in found:
         value = weight.trainable
         if config.mode == "float16":
@@ -153,5 +155,5 @@ def _snap(module: nn.Module, name: str) -> None:
         on_grid, scale, axis = snapped(module, weight, value)
         value.copy_(on_grid)
         set_grid(module, weight.param, scale, bits, axis)
-    for mark in (WEIGHTS_LATER, "_shares"):
-        module.__dict__.pop(mark, None)
+    unmark(module, WEIGHTS_LATER)
+    unmark(module, SHARES)

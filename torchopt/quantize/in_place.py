@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from torchopt.network.marks import mark
 from torchopt.network.surgery import get_module, set_module
 from torchopt.quantize.config import Quantize
 from torchopt.quantize.layers.bare_weights import WEIGHTS_LATER
@@ -27,7 +28,7 @@ def in_place(model: nn.Module, path: str, config: Quantize, runtime: Target, par
         recurrent = RECURRENT.get(type(module))
         layer = recurrent.of(module, config, bits) if recurrent else fused(module, config, bits)
     if layer is None:
-        module.__dict__[WEIGHTS_LATER] = (config, bits, tuple(params))
+        mark(module, WEIGHTS_LATER, (config, bits, tuple(params)))
         return model
     if not path:
         return layer

@@ -26,7 +26,8 @@ from torchopt.quantize.graph.float_front import leave_front
 from torchopt.quantize.graph.fuse import fuse
 from torchopt.quantize.graph.graphs import QuantizableGraph
 from torchopt.quantize.graph.placement import lift_activations, place
-from torchopt.quantize.graph.trace import forget, trace
+from torchopt.quantize.graph.trace import trace
+from torchopt.quantize.graph.tracer import forget
 from torchopt.quantize.in_place import in_place, without_graph
 from torchopt.quantize.layers.attention import open_attentions
 from torchopt.quantize.layers.input_rounded import share_inputs

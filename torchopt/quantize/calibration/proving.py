@@ -38,17 +38,17 @@ def as_float(model: nn.Module) -> Iterator[None]:
 def unrounded(model: nn.Module) -> Iterator[None]:
     """Every quantizer, kernel and layer without its rounding, and ranges that follow nothing; as before at the end."""
     parts = [m for m in model.modules() if isinstance(m, Fused | ActivationQuantizer | IntegerKernel | QuantizedRecurrent)]
-    before = [(part.rounding, getattr(part, "observing", False), getattr(part, "aside", False)) for part in parts]
+    before = [(part.rounding, getattr(part, "observing", False), part.aside) for part in parts]
     try:
         for part in parts:
-            part.rounding, part.__dict__["aside"] = False, True
+            part.rounding, part.aside = False, True
             if isinstance(part, ActivationQuantizer):
                 part.observing = False
         with not_snapped():
             yield
     finally:
         for part, (rounds, observes, aside) in zip(parts, before, strict=True):
-            part.rounding, part.__dict__["aside"] = rounds, aside
+            part.rounding, part.aside = rounds, aside
             if isinstance(part, ActivationQuantizer):
                 part.observing = observes
 

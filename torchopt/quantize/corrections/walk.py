@@ -111,15 +111,15 @@ def rounding(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     parts = [m for m in model.modules() if isinstance(m, Fused | ActivationQuantizer | IntegerKernel)]
     training = model.training
     model.eval()
-    before = [(part.rounding, getattr(part, "aside", False)) for part in parts]
+    before = [(part.rounding, part.aside) for part in parts]
     try:
         for part in parts:  # which side a value falls to that lies on the border, corrections need not know
             part.rounding = enabled and not isinstance(part, IntegerKernel)
-            part.__dict__["aside"] = True  # a change of mode leaves the flag alone
+            part.aside = True  # a change of mode leaves the flag alone
         yield
     finally:
         for part, (was, aside) in zip(parts, before, strict=True):
-            part.rounding, part.__dict__["aside"] = was, aside
+            part.rounding, part.aside = was, aside
         model.train(training)
 
 

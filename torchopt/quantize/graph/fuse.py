@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchopt.network.surgery import module_of, set_module
 from torchopt.quantize.config import Quantize
 from torchopt.quantize.graph.gates import expand, gate_of
-from torchopt.quantize.graph.trace import example
+from torchopt.quantize.graph.tracer import example
 from torchopt.quantize.layers.float_layers import FusedEmbedding, fused
 from torchopt.quantize.layers.modules import Fused
 from torchopt.quantize.layers.read_elsewhere import read_paths

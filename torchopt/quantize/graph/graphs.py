@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from torchopt.network.marks import mark, unmark
+
 HOOKS = tuple(name for name in vars(nn.Module()) if name.startswith("_forward_"))
 KEPT = ("_modules", *HOOKS)  # of a graph module, where torch's constructor keeps what the graph calls
 
@@ -71,17 +73,17 @@ class QuantizableGraph(fx.GraphModule):
         own, tables = type(self), self._modules.get("parametrizations")
         computed = [] if tables is None else list(tables._modules)
         for name in computed:  # a table on a parameter that the graph reads: fx copies that by its name, which the class computes
-            self.__dict__[name] = torch.empty(0)
+            mark(self, name, torch.empty(0))
         self.__class__ = own.__bases__[0] if computed else own
         try:
             twin: Any = super().__deepcopy__(memo)
         finally:
             self.__class__ = own
             for name in computed:
-                del self.__dict__[name]
+                unmark(self, name)
         for name in computed:
             twin._buffers.pop(name, None)
-            twin.__dict__.pop(name, None)
+            unmark(twin, name)
         if computed:
             twin.__class__ = _with_properties(type(twin), own)
         type(twin).was = own.was
@@ -118,7 +120,7 @@ def remade_graph(name: str, nodes: list[tuple[Any, ...]], state: dict[str, Any])
     root = nn.Module()
     root.__dict__.update({kept: state[kept] for kept in ("_modules", "_parameters", "_buffers")})
     twin = QuantizableGraph(root, graph, name)
-    twin.__dict__.update({kept: value for kept, value in state.items() if kept in KEPT or kept not in twin.__dict__})
+    twin.__dict__.update({kept: value for kept, value in state.items() if kept in KEPT or kept not in vars(twin)})
     twin.training = state["training"]
     return twin
 

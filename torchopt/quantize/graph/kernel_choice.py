@@ -22,7 +22,7 @@ from torch import fx, nn
 from torchopt.network.surgery import module_of
 from torchopt.quantize.graph.float_front import PRODUCTS, SUMS
 from torchopt.quantize.graph.fuse import activation_of, ends_of
-from torchopt.quantize.graph.trace import example
+from torchopt.quantize.graph.tracer import example
 from torchopt.quantize.layers.activations import ActivationQuantizer
 from torchopt.quantize.layers.float_layers import FusedLinear
 from torchopt.quantize.layers.kernels import LAYER, IntegerKernel, link_kernels

@@ -30,7 +30,7 @@ from torchopt.quantize.graph.earlier_activations import lift
 from torchopt.quantize.graph.float_front import ENTRANCE
 from torchopt.quantize.graph.fuse import activation_of, ends_of
 from torchopt.quantize.graph.kernel_choice import is_integer_layer, match_kernels
-from torchopt.quantize.graph.trace import example
+from torchopt.quantize.graph.tracer import example
 from torchopt.quantize.layers.activations import ActivationQuantizer
 from torchopt.quantize.layers.float_layers import FusedLinear
 from torchopt.quantize.layers.learned import LearnedQuantizer
@@ -136,7 +136,7 @@ def _keep_integer_biases(traced: fx.GraphModule) -> None:
             read.setdefault(layer, set()).add(None if name is None else traced.get_submodule(name))  # type: ignore[arg-type]
     for layer, grids in read.items():
         if None not in grids:
-            layer.__dict__["reads"] = tuple(grids)
+            layer.reads = tuple(grids)
 
 
 def _name_of_grid(traced: fx.GraphModule, node: Any) -> str | None:

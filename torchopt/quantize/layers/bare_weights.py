@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from torchopt.network.marks import marked
 from torchopt.network.weights import Weight, weights
 from torchopt.quantize.layers.weight_grid import Snap, along, settle, weight_scale
 
@@ -19,7 +20,7 @@ WEIGHTS_LATER = "_torchopt_weights_later"  # on such modules: (configuration, bi
 
 def weights_later(module: nn.Module) -> list[Weight]:
     """The weights that `module` itself owns, those of its own kind and the custom ones, to be snapped when it is baked."""
-    custom = [Weight(module_name="", module=module, param=param, kind="custom") for param in module.__dict__[WEIGHTS_LATER][2]]
+    custom = [Weight(module_name="", module=module, param=param, kind="custom") for param in marked(module, WEIGHTS_LATER)[2]]
     return [w for w in weights(module) if w.module is module] + custom
 
 
@@ -31,7 +32,7 @@ def snapped(module: nn.Module, weight: Weight, value: torch.Tensor) -> tuple[tor
         weight: one of `weights_later(module)`.
         value: what it holds, behind masks and tables.
     """
-    config, bits, _ = module.__dict__[WEIGHTS_LATER]
+    config, bits, _ = marked(module, WEIGHTS_LATER)
     most = 2 ** (bits - 1) - 1
     axis = weight.out_axis if config.per_channel and not settle(module, weight.param) else None
     scale = weight_scale(value.detach(), most, axis)

@@ -148,7 +148,7 @@ def rounded(layer: nn.Module, config: Quantize, bits: int, target: Target) -> Fu
     quantized: Any = cls.of(layer, config, bits)
     output = None if isinstance(layer, nn.Linear) else activation_quantizer(config, target)
     quantized._modules.update(input=activation_quantizer(config, target), output=output)
-    quantized.__dict__["reads"] = () if output is None else (quantized.input,)
+    quantized.reads = () if output is None else (quantized.input,)
     called(quantized)
     return quantized  # type: ignore[no-any-return]
 
@@ -160,7 +160,7 @@ def share_inputs(model: nn.Module, example_inputs: tuple[Any, ...]) -> None:
 
     def share(layer: FusedRounded, args: tuple[torch.Tensor, ...]) -> None:
         layer._modules["input"] = first.setdefault(id(args[0]), (args[0], layer.input))[1]
-        layer.__dict__["reads"] = () if layer.output is None else (layer.input,)
+        layer.reads = () if layer.output is None else (layer.input,)
 
     hooks = [m.register_forward_pre_hook(share) for m in model.modules() if isinstance(m, FusedRounded)]  # type: ignore[arg-type]
     training = model.training

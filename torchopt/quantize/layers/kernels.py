@@ -118,7 +118,7 @@ def layer_value(layer: Any, y: torch.Tensor, reads: Affine | None, out: Affine |
         reads: the grid of its input.
         out: the grid of its result.
     """
-    scale = layer._buffers.get("weight" + SUFFIX, layer.__dict__.get("scale_in_use"))
+    scale = layer._buffers.get("weight" + SUFFIX, getattr(layer, "scale_in_use", None))
     if scale is None or reads is None or out is None:
         return None
     axis = y.dim() - 1 - len(getattr(layer, "kernel_size", ()))
@@ -136,6 +136,8 @@ class IntegerKernel(nn.Module):
         layer: the name of the layer, for a kernel of kind "layer".
         ends: of an activation between the operation and the quantizer, such as (0, 6); None without.
     """
+
+    aside = False  # True while `rounding` is set for a while
 
     def __init__(
         self, kind: str, reads: Sequence[str], writes: str, layer: str | None = None, ends: Sequence[float | None] | None = None

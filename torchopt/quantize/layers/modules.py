@@ -25,6 +25,7 @@ from torchopt.quantize.config import Quantize
 from torchopt.quantize.layers.learned import grown, since_start
 from torchopt.quantize.layers.weight_grid import (
     ONE_SCALE,
+    SHARES,
     SMALLEST_SCALE,
     Codes,
     Snap,
@@ -96,9 +97,8 @@ class Fused(nn.Module):
         return quantized
 
     def _start(self, config: Quantize, bits: int) -> None:
-        self.config, self.bits, self.rounding = config, bits, True
+        self.config, self.bits, self.rounding, self.reads = config, bits, True, ()
         self._modules.update(bn=None, act=None)
-        self.__dict__["reads"] = ()  # no parts of this module: the quantizers have places of their own
         device = self.weight.device
         self.register_buffer("fake_quant_enabled", torch.ones(1, dtype=torch.uint8, device=device))
         self.register_buffer("bn_frozen", torch.zeros(1, dtype=torch.uint8, device=device))
@@ -274,7 +274,7 @@ class Fused(nn.Module):
         """Return the float layer that this one was made of, with its attributes and without anything of ours."""
         base = next(c for c in type(self).__mro__ if c.__module__.startswith("torch.nn."))
         plain: nn.Module = base.__new__(base)  # type: ignore[call-overload]
-        ours = {"config", "bits", "rounding", "frozen", "reads", "scale_in_use", "shifts", "aside", "_shares"}
+        ours = {"config", "bits", "rounding", "frozen", "reads", "scale_in_use", "shifts", "aside", SHARES}
         plain.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in self.__dict__.items() if k not in ours})
         plain.__dict__.update(_buffers={}, _modules={}, _parameters=dict.fromkeys(("weight", "bias")))
         return plain

@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 
 from torchopt.network.computed import cover, covered, uncover
+from torchopt.network.marks import mark, marked, unmark
 from torchopt.network.weights import Weight
 from torchopt.quantize.layers.bare_weights import WEIGHTS_LATER, snapped, weights_later
 from torchopt.quantize.layers.modules import Fused
@@ -80,23 +81,23 @@ def _read_by(traced: fx.GraphModule) -> list[nn.Module]:
 
 def _snapped_later(module: nn.Module) -> list[Weight]:
     """The weights that are rounded where they are read; those of a graph's own are read by their names, and baked."""
-    if WEIGHTS_LATER not in module.__dict__ or isinstance(module, fx.GraphModule):
+    if not marked(module, WEIGHTS_LATER) or isinstance(module, fx.GraphModule):
         return []
-    return [] if module.__dict__[WEIGHTS_LATER][0].mode == "float16" else weights_later(module)
+    return [] if marked(module, WEIGHTS_LATER)[0].mode == "float16" else weights_later(module)
 
 
 def _snapped(module: nn.Module, name: str) -> torch.Tensor:
     """The weight as it will be baked while some model runs and rounds, else as it is."""
     value = cast(torch.Tensor, covered(module, name))
     running = torch.compiler.is_compiling() or getattr(_now, "running", 0) > 0
-    if not running or getattr(_now, "aside", False) or READING in module.__dict__:
+    if not running or getattr(_now, "aside", False) or marked(module, READING):
         return value
-    module.__dict__[READING] = True
+    mark(module, READING, True)
     try:
         weight = next(weight for weight in weights_later(module) if weight.param == name)
         return snapped(module, weight, value)[0]
     finally:
-        del module.__dict__[READING]
+        unmark(module, READING)
 
 
 @contextlib.contextmanager
@@ -123,13 +124,13 @@ def _rounded(module: nn.Module, name: str) -> torch.Tensor:
     """The weight as the layer uses it while some model runs, else the Parameter."""
     layer, weight = cast(Fused, module), cast(torch.Tensor, covered(module, name))
     running = torch.compiler.is_compiling() or getattr(_now, "running", 0) > 0
-    if not (running and layer.rounding) or layer.bn is not None or READING in layer.__dict__:
+    if not (running and layer.rounding) or layer.bn is not None or marked(layer, READING):
         return weight
     held: Any = layer.held
     if held is not None:
         return cast(torch.Tensor, held[0])
-    layer.__dict__[READING] = True
+    mark(layer, READING, True)
     try:
         return layer.fake_quantized(weight) if layer.training else layer.folded(weight)[0]
     finally:
-        del layer.__dict__[READING]
+        unmark(layer, READING)

@@ -9,7 +9,7 @@ from torch import nn
 
 from torchopt.network.grid import set_grid
 from torchopt.quantize.config import Quantize
-from torchopt.quantize.layers.weight_grid import ONE_SCALE, Snap, along, settle, settled, weight_scale
+from torchopt.quantize.layers.weight_grid import ONE_SCALE, SHARES, Snap, along, settle, settled, weight_scale
 
 
 class QuantizedRecurrent(nn.Module):
@@ -18,6 +18,7 @@ class QuantizedRecurrent(nn.Module):
     config: Quantize
     bits: int
     rounding: bool = True
+    aside: bool = False  # True while `rounding` is set for a while and not by the buffer
     fake_quant_enabled: torch.Tensor
     _flat_weights: list[Any]
     _flat_weight_refs: list[Any]
@@ -80,9 +81,9 @@ class QuantizedRecurrent(nn.Module):
         base = next(c for c in type(self).__mro__ if c.__module__.startswith("torch.nn.") and c is not nn.Module)
         plain: nn.Module = base.__new__(base)  # type: ignore[call-overload]
         plain.__dict__.update(
-            {k: v for k, v in self.__dict__.items() if k not in ("config", "bits", "rounding", "aside", "_shares")}
+            {k: v for k, v in self.__dict__.items() if k not in ("config", "bits", "rounding", "aside", SHARES)}
         )
-        plain.__dict__["_buffers"] = {k: v for k, v in self._buffers.items() if k not in ("fake_quant_enabled", ONE_SCALE)}
+        plain._buffers = {k: v for k, v in self._buffers.items() if k not in ("fake_quant_enabled", ONE_SCALE)}
         for param in self.rounded_params:
             scale, snapped = self.scale(param), self.snapped(param)
             setattr(plain, param, nn.Parameter(snapped.detach()))

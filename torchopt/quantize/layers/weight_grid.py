@@ -14,7 +14,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from torchopt.network.marks import mark, marked
+
 ONE_SCALE = "one_scale"  # the buffer that says for which weights of a layer one scale was decided
+SHARES = "one_scale_of"  # the mark that says it without waiting for a GPU: {name of the weight: bool}
 SMALLEST_SCALE = 2.0**-60  # a channel of zeros still divides
 
 
@@ -128,10 +131,11 @@ def settle(module: nn.Module, param: str) -> bool:
     integers stay the same. Decided when a table stands on the weight, or when a baked one is found in its values (few distinct
     values, each used 8 times on average); what training does to a plain weight afterwards changes nothing.
     """
-    known: dict[str, bool] = module.__dict__.setdefault("_shares", {})
+    known: dict[str, bool] = marked(module, SHARES, {})
     if param not in known:
         shares = stands_on_table(module, param) or _looks_shared(getattr(module, param))
         known[param] = shares and not has_scales(module, param)
+        mark(module, SHARES, known)
         places = list(getattr(module, "rounded_params", ()))
         if ONE_SCALE in module._buffers and param in places:
             module.get_buffer(ONE_SCALE)[places.index(param)] = known[param]
@@ -142,7 +146,7 @@ def settled(module: Any, state: dict[str, Any], prefix: str) -> None:
     """Before a checkpoint is loaded: take its decision over, where it holds one (those of earlier versions did not)."""
     theirs = state.setdefault(prefix + ONE_SCALE, module.get_buffer(ONE_SCALE).clone())
     if theirs.numel() == len(module.rounded_params):
-        module.__dict__["_shares"] = dict(zip(module.rounded_params, theirs.bool().tolist(), strict=True))
+        mark(module, SHARES, dict(zip(module.rounded_params, theirs.bool().tolist(), strict=True)))
 
 
 def _looks_shared(w: torch.Tensor, few: int = 256) -> bool:
