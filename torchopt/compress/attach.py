@@ -40,11 +40,12 @@ def attach(
     assigned = assign(ready, rules)
     refuse_weights(assigned)
     coupled = pruning.couple(model, _prunes(assigned), example_inputs)
-    ready = _attach_scales(ready, assigned, example_inputs, target)
-    skipped = _left_float(ready, assigned) + _attach(ready, assigned, found, coupled)
-    quantization.settle_scales(ready)
+    ready, records = _attach_scales(ready, assigned, example_inputs, target)
+    skipped = [skip for record in records for skip in record.skipped] + _attach(ready, assigned, found, coupled)
+    quantization.decide_scales(ready)
     quantization.round_for_readers(ready)
     state = State(rules, [a.weight.name for a in assigned], target, _signature(example_inputs), found, skipped, plan, origin)
+    state.records = tuple(records)
     state.frozen = [name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad]
     ready.add_module(ATTRIBUTE, state)
     return ready
@@ -57,22 +58,15 @@ def covered(rules: Sequence[Rule], model: nn.Module) -> set[str]:
 
 def _attach_scales(
     model: nn.Module, assigned: Sequence[Assigned], example_inputs: tuple[Any, ...] | None, target: str
-) -> nn.Module:
+) -> tuple[nn.Module, list[quantization.Record]]:
     assignment = {a.weight.module_name: a.rule.quantize for a in assigned if a.rule.quantize is not None}
     if not assignment:
-        return model
+        return model, []
     custom: dict[str, list[str]] = {}
     for a in assigned:
         if a.weight.kind == "custom":
             custom.setdefault(a.weight.module_name, []).append(a.weight.param)
     return quantization.attach(model, assignment, example_inputs, target=target, params=custom)
-
-
-def _left_float(model: nn.Module, assigned: Sequence[Assigned]) -> list[Skipped]:
-    """Layers that get less than the rules ask for: float, or float activations."""
-    assignment = {a.weight.module_name: a.rule.quantize for a in assigned if a.rule.quantize is not None}
-    reasons = quantization.left_float(model, assignment)
-    return [Skipped(name=path, technique="quantize", reason=reason) for path, reason in reasons.items()]
 
 
 def _prunes(assigned: Sequence[Assigned]) -> dict[str, Prune]:

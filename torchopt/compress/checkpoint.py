@@ -40,6 +40,8 @@ from torchopt.quantize import (
     Rounded,
     beside,
     can_open,
+    decide_as,
+    decisions,
     link_kernels,
     open_attentions,
 )
@@ -110,6 +112,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         other = f"{path}: was saved from another architecture than {type(model).__name__}"
         raise StateError(f"{other}: {_first_line(error)}; give the network that was saved") from error
     _restore_grids(rebuilt, header["grids"])
+    decide_as(rebuilt, header.get("prepared", {}).get("one_scale", {}))
     return rebuilt
 
 
@@ -129,6 +132,7 @@ def _header(model: nn.Module, state: State | None) -> Header:
             "inputs": state.example_inputs,
             "found": state.found,
             "frozen": state.frozen,
+            "one_scale": decisions(model),
         }
     elif isinstance(model, fx.GraphModule):
         fixed = {name: m.describe() for name, m in model.named_children() if isinstance(m, FixedQuantize)}

@@ -104,7 +104,7 @@ def compensate(
                     raise ModelError(f"one_shot: {one.weight.name}: {error}") from None
     finally:
         model.train(training)
-    quantization.settle_scales(model)
+    quantization.decide_scales(model)
 
 
 @torch.no_grad()
@@ -112,7 +112,7 @@ def compensate_one(model: nn.Module, one: Held, seen: Seen) -> None:
     """Give back, in place, what a mask and a table take from one layer, from what it reads in the float network."""
     with quantization.unrounded_all(model):
         _learn(one, seen)
-    quantization.settle_scales(model)
+    quantization.decide_scales(model)
 
 
 def _beside(origin: nn.Module | None, held: Sequence[Held], calls: Sequence[Call]) -> Callable[[str], list[Tensor] | None]:

@@ -6,11 +6,10 @@ These are all:
     _<param>_grid               finalized layers: bits, axis and block of the weight's grid; `save` writes it into the header
     _torchopt_skipped           finalized networks: what was left alone, for reports
     torchopt_shrunken           shrunken networks: what `shrink` removed; `save` writes it into the header
-    _torchopt_weights_later     modules without a quantized layer: how `finalize` rounds their weights; rules and target say it again
-    _torchopt_left_float        layers: why they stay float, until `finalize`
+    _torchopt_rounded_later     modules without a quantized layer: how `finalize` rounds their weights; rules and target say it again
     _torchopt_reading           layers: the weight is being rounded for another reader; gone when the call ends
     _torchopt_position          parametrizations: where the Parameter stood among the others of its module
-    one_scale_of                layers: the buffer `one_scale` (and what a module without it decided) in Python, without waiting for a GPU
+    _torchopt_one_scale         layers: their buffer `one_scale`, read without waiting for a GPU; of modules without it, `save` writes it
     the name of a weight        layers under a mask: the masked weight that forward reads, made anew from Parameter and mask
 """
 

@@ -1,6 +1,6 @@
 """Quantization: integer grids for weights and activations, for training and after it."""
 
-from torchopt.quantize.attach import attach, left_float, settle_scales, unrounded, update
+from torchopt.quantize.attach import attach
 from torchopt.quantize.bake import bake
 from torchopt.quantize.calibration.cache import load_ranges, save_ranges
 from torchopt.quantize.calibration.calibrate import calibrate, observes, synchronize
@@ -22,7 +22,9 @@ from torchopt.quantize.layers.input_rounded import Rounded
 from torchopt.quantize.layers.kernels import IntegerKernel, link_kernels
 from torchopt.quantize.layers.read_elsewhere import round_for_readers, stop_rounding
 from torchopt.quantize.layers.rounding import FixedQuantize
+from torchopt.quantize.milestones import unrounded, update
 from torchopt.quantize.observers.own import ImportedObserver, OwnObserver
+from torchopt.quantize.record import Record, decide_as, decide_scales, decisions
 
 __all__ = [
     "ActivationQuantizer",
@@ -32,6 +34,7 @@ __all__ = [
     "IntegerKernel",
     "OwnObserver",
     "Quantize",
+    "Record",
     "Rounded",
     "add_to_mean",
     "attach",
@@ -40,9 +43,11 @@ __all__ = [
     "calibrate",
     "can_open",
     "channel_factors",
+    "decide_as",
+    "decide_scales",
+    "decisions",
     "harms",
     "hold_integers",
-    "left_float",
     "link_kernels",
     "load_ranges",
     "observes",
@@ -50,7 +55,6 @@ __all__ = [
     "round_for_readers",
     "save_ranges",
     "scales_channels",
-    "settle_scales",
     "stop_rounding",
     "synchronize",
     "turn_channels",

@@ -10,14 +10,13 @@ from torch import fx, nn
 
 from torchopt.errors import StateError
 from torchopt.network.grid import set_grid
-from torchopt.network.marks import marked, unmark
+from torchopt.network.marks import unmark
 from torchopt.network.surgery import module_of, set_module
 from torchopt.quantize.graph.dropout import Regularizer
 from torchopt.quantize.graph.fuse import activation_of, ends_of
 from torchopt.quantize.graph.naming import name_of_value
 from torchopt.quantize.layers.activations import ActivationQuantizer
-from torchopt.quantize.layers.bare_weights import WEIGHTS_LATER, snapped, weights_later
-from torchopt.quantize.layers.float_layers import LEFT
+from torchopt.quantize.layers.bare_weights import LATER, Later, later, snapped, weights_later
 from torchopt.quantize.layers.kernels import IntegerKernel, link_kernels
 from torchopt.quantize.layers.modules import Fused
 from torchopt.quantize.layers.recurrent import QuantizedRecurrent
@@ -39,7 +38,6 @@ def bake(model: nn.Module) -> nn.Module:
         _bake_activations(model)
     tied = Tied()
     for name, module in list(model.named_modules()):
-        unmark(module, LEFT)
         if isinstance(module, Fused | QuantizedRecurrent):
             plain = tied.again(module, module.bake())
             if not name:
@@ -47,8 +45,8 @@ def bake(model: nn.Module) -> nn.Module:
             set_module(model, name, plain)
         elif isinstance(module, ActivationQuantizer):
             set_module(model, name, FixedQuantize.of(module))
-        elif marked(module, WEIGHTS_LATER):
-            _snap(module, name)
+        elif (told := later(module)) is not None:
+            _snap(module, name, told)
     if not isinstance(model, fx.GraphModule):
         return model
     model.graph.lint()
@@ -136,13 +134,11 @@ def _saturates(quantizer: ActivationQuantizer, low: float, high: float) -> bool:
 
 
 @torch.no_grad()
-def _snap(module: nn.Module, name: str) -> None:
+def _snap(module: nn.Module, name: str, told: Later) -> None:
     """Round the weights of a module that no quantized layer stands for (recurrent cells, attention, custom ones)."""
-    found = weights_later(module)
-    config, bits, _ = marked(module, WEIGHTS_LATER)
-    for weight in found:
+    for weight in weights_later(module):
         value = weight.trainable
-        if config.mode == "float16":
+        if told.config.mode == "float16":
             rounded = value.half().float()
             if bool(rounded.isinf().any()):
                 path = f"{name}.{weight.param}" if name else weight.param
@@ -154,6 +150,6 @@ def _snap(module: nn.Module, name: str) -> None:
             continue
         on_grid, scale, axis = snapped(module, weight, value)
         value.copy_(on_grid)
-        set_grid(module, weight.param, scale, bits, axis)
-    unmark(module, WEIGHTS_LATER)
+        set_grid(module, weight.param, scale, told.bits, axis)
+    unmark(module, LATER)
     unmark(module, SHARES)

@@ -7,10 +7,9 @@ from dataclasses import replace
 
 from torch import nn
 
-from torchopt.network.marks import mark
 from torchopt.network.surgery import get_module, set_module
 from torchopt.quantize.config import Quantize
-from torchopt.quantize.layers.bare_weights import WEIGHTS_LATER
+from torchopt.quantize.layers.bare_weights import round_later
 from torchopt.quantize.layers.float_layers import fused
 from torchopt.quantize.layers.input_rounded import rounded, rounded_class
 from torchopt.quantize.layers.recurrent import RECURRENT
@@ -28,7 +27,7 @@ def in_place(model: nn.Module, path: str, config: Quantize, runtime: Target, par
         recurrent = RECURRENT.get(type(module))
         layer = recurrent.of(module, config, bits) if recurrent else fused(module, config, bits)
     if layer is None:
-        mark(module, WEIGHTS_LATER, (config, bits, tuple(params)))
+        round_later(module, config, bits, params)
         return model
     if not path:
         return layer

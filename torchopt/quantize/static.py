@@ -37,8 +37,8 @@ from torchopt.quantize.targets import Target
 
 def static(
     model: nn.Module, assignment: dict[str, Quantize], example_inputs: tuple[Any, ...] | None, runtime: Target
-) -> nn.Module:
-    """Return `model` with static fake quantizers, as `attach` describes.
+) -> tuple[nn.Module, dict[str, str]]:
+    """Return `model` with static fake quantizers, as `attach` describes, and why layers stay float, by path.
 
     Raises:
         StateError: example inputs are missing.
@@ -55,9 +55,11 @@ def static(
     except ModelError:
         if not _can_do_without(model, example_inputs):
             raise
-        quantized, left = model, list(assignment)
+        quantized, left, floats = model, list(assignment), dict[str, str]()
     else:
-        assignment = leave_front(traced, assignment, runtime)
+        front = leave_front(traced, assignment, runtime)
+        assignment = {path: config for path, config in assignment.items() if path not in front}
+        floats = {**type(traced).was.left, **front}  # type: ignore[union-attr]
         quantized, left = traced, _on_graph(traced, assignment, runtime)
     for path in left:
         if weights(quantized.get_submodule(path)):
@@ -70,7 +72,7 @@ def static(
     _try(quantized, example_inputs)
     origin.prove(quantized, "fusing")
     origin.prove_training(quantized)
-    return quantized
+    return quantized, floats
 
 
 def _on_graph(traced: QuantizableGraph, assignment: dict[str, Quantize], runtime: Target) -> list[str]:

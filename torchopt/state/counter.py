@@ -65,6 +65,7 @@ class State(nn.Module):
         self.plan = plan
         self.origin = Origin(origin)
         self.frozen: list[str] = []  # parameters that were frozen when the model was prepared: no mask or table stands on them
+        self.records: tuple[Any, ...] = ()  # what each layer was given by quantization (`torchopt.quantize.Record`)
         self.ranks_agree = False
         self.moved = Moved()
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))

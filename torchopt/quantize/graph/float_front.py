@@ -26,13 +26,11 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from torchopt.network.marks import mark
 from torchopt.network.surgery import module_of
 from torchopt.quantize.graph.dropout import regularizes
 from torchopt.quantize.graph.fuse import activation_of
 from torchopt.quantize.graph.gates import gate_of
 from torchopt.quantize.graph.tracer import example
-from torchopt.quantize.layers.float_layers import LEFT
 from torchopt.quantize.targets import Costs, Target
 
 ENTRANCE = "entrance"  # in the meta of a node: its value is where the integers begin
@@ -54,26 +52,24 @@ class Cost:
     gated: bool = False
 
 
-def leave_front(traced: fx.GraphModule, assignment: dict[str, Any], target: Target) -> dict[str, Any]:
-    """Return the assignment without the layers of the front that are faster in float; they and the value after them are marked."""
+def leave_front(traced: fx.GraphModule, assignment: dict[str, Any], target: Target) -> dict[str, str]:
+    """Return why, by path, of the layers of the front that are faster in float; the value after them is marked in the graph."""
     free = {path for path, config in assignment.items() if config.fallback == "auto"}
     if target.costs is None or not free:
-        return assignment
+        return {}
     best, front = -SMALLEST, None
     for node, layers, gain in _fronts(traced, target.costs):
         if -gain < best and free.issuperset(layers):
             best, front = -gain, (node, layers)
     if front is None:
-        return assignment
+        return {}
     node, layers = front
     node.meta[ENTRANCE] = True
-    for path in layers:
-        reason = (
-            f"in the front of the network, with its gated activations, integers take {-best / 1e6:.2f} ms longer than floats "
-            f"by the costs measured for {target.name}; it stays float"
-        )
-        mark(traced.get_submodule(path), LEFT, reason)
-    return {path: config for path, config in assignment.items() if path not in layers}
+    reason = (
+        f"in the front of the network, with its gated activations, integers take {-best / 1e6:.2f} ms longer than floats "
+        f"by the costs measured for {target.name}; it stays float"
+    )
+    return dict.fromkeys(layers, reason)
 
 
 def _fronts(traced: fx.GraphModule, costs: Costs) -> Iterator[tuple[fx.Node, list[str], float]]:

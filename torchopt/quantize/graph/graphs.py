@@ -18,10 +18,11 @@ KEPT = ("_modules", *HOOKS)  # of a graph module, where torch's constructor keep
 
 @dataclass(frozen=True, kw_only=True)
 class Was:
-    """The class of a network that was traced, and its plain attributes."""
+    """The class of a network that was traced, its plain attributes, and why layers are not in the graph, by path."""
 
     of: type[nn.Module]
     attributes: dict[str, Any]
+    left: dict[str, str]
 
 
 class QuantizableGraph(fx.GraphModule):

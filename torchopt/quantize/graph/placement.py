@@ -280,7 +280,7 @@ def activation_quantizer(config: Quantize, target: Target, fixed_range: tuple[fl
         observer=config.observer,
         fixed_range=fixed_range,
     )
-    quantizer.milestones = config.milestones  # type: ignore[assignment]
+    quantizer.milestones = config.milestones
     return quantizer
 
 

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from torchopt.errors import ModelError
-from torchopt.network.marks import mark
 from torchopt.network.surgery import evaluating, set_module
 from torchopt.quantize.graph.dropout import as_modules
 from torchopt.quantize.graph.functional import call_layers, computed_weights, drop_identities, move_inner
@@ -31,7 +30,6 @@ from torchopt.quantize.graph.graphs import HOOKS, QuantizableGraph, Was
 from torchopt.quantize.graph.mutation import LIBRARIES, put_instead, take_any_layout, write_as_values
 from torchopt.quantize.graph.ranks import answer_ranks
 from torchopt.quantize.graph.tracer import Tracer, example, only_marked
-from torchopt.quantize.layers.float_layers import LEFT
 
 
 def trace(model: nn.Module, example_inputs: tuple[Any, ...] = ()) -> tuple[QuantizableGraph, list[str]]:
@@ -79,11 +77,9 @@ def _traced(model: nn.Module, graph: fx.Graph) -> QuantizableGraph:
     traced = QuantizableGraph(model, graph, type(model).__name__)
     for path, layer in layers.items():
         set_module(traced, path, layer)
-    for path, reason in reasons.items():
-        mark(traced.get_submodule(path), LEFT, reason)
     as_modules(traced)
     plain = {name: value for name, value in vars(model).items() if not name.startswith("_") and name not in vars(traced)}
-    type(traced).was = Was(of=type(model), attributes=plain)
+    type(traced).was = Was(of=type(model), attributes=plain, left=reasons)
     for hooks in HOOKS:
         getattr(traced, hooks).update(getattr(model, hooks))
     traced.train(model.training)

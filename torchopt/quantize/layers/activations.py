@@ -8,6 +8,7 @@ straight through inside the range (Jacob et al. 2018, arXiv:1712.05877). A scale
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ class ActivationQuantizer(FakeQuantizeBase):
     batches: torch.Tensor
     aside = False  # True while `rounding` is set for a while and not by the buffer
     learn = False  # no scale that is trained
+    milestones: Sequence[int] | None = None  # of the layer that it serves
 
     def __init__(
         self,

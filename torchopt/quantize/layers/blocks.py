@@ -17,7 +17,7 @@ from torch import nn
 
 from torchopt.network.grid import set_grid
 from torchopt.quantize.layers.modules import Fused
-from torchopt.quantize.layers.weight_grid import Codes, Snap, settle, weight_scale
+from torchopt.quantize.layers.weight_grid import Codes, Snap, one_scale, weight_scale
 
 SMALLEST_HALF = 2.0**-14  # below it float16 loses digits, and the scale stays a float32
 
@@ -34,7 +34,7 @@ class FusedBlockLinear(Fused, nn.Linear):
     def scale(self, w: torch.Tensor) -> torch.Tensor:
         """Return the scales, shape (outputs, blocks); all equal where the values of the whole tensor are shared."""
         shape = (w.shape[0], w.shape[1] // self.block)
-        if settle(self, "weight"):
+        if one_scale(self, "weight"):
             return weight_scale(w, self.qmax, None).expand(shape)
         scale = weight_scale(w.reshape(-1, self.block), self.qmax, 0).reshape(shape)
         return torch.where(scale >= SMALLEST_HALF, scale.clamp(max=65504.0).half().float(), scale)

@@ -14,8 +14,6 @@ from torchopt.quantize.layers.blocks import FusedBlockLinear, takes_blocks
 from torchopt.quantize.layers.dynamic import FusedDynamicLinear
 from torchopt.quantize.layers.modules import Fused
 
-LEFT = "_torchopt_left_float"  # on a module: why it stays float
-
 
 class FusedLinear(Fused, nn.Linear):
     """A linear layer on an integer weight grid."""

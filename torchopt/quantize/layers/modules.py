@@ -32,8 +32,8 @@ from torchopt.quantize.layers.weight_grid import (
     along,
     lsq,
     lsq_start,
+    one_scale,
     products,
-    settle,
     settled,
     weight_scale,
 )
@@ -159,7 +159,7 @@ class Fused(nn.Module):
         """Return the scale of the weight's grid before batch norm: shape (channels,), or () when per tensor."""
         if self.config.learn_scale:
             return self.weight_scale.clamp(min=SMALLEST_SCALE)
-        shared = not self.config.per_channel or settle(self, "weight")
+        shared = not self.config.per_channel or one_scale(self, "weight")
         scale = weight_scale(w, self.qmax, None if shared else self.out_axis)
         if self.reach is None:
             return scale

@@ -19,9 +19,8 @@ from torch import fx, nn
 from torchopt.network.computed import cover, covered, uncover
 from torchopt.network.marks import mark, marked, unmark
 from torchopt.network.weights import Weight
-from torchopt.quantize.layers.bare_weights import WEIGHTS_LATER, snapped, weights_later
+from torchopt.quantize.layers.bare_weights import later, snapped, weights_later
 from torchopt.quantize.layers.modules import Fused
-from torchopt.quantize.layers.weight_grid import settle
 
 _now = threading.local()  # how many models are running in this thread
 READING = "_torchopt_reading"  # on a layer whose weight is being rounded for another
@@ -35,8 +34,6 @@ def round_for_readers(model: nn.Module) -> None:
     found = _read_by(model) if isinstance(model, fx.GraphModule) else [m for m in model.modules() if isinstance(m, Fused)]
     layers = [layer for layer in found if layer is not model]
     others = [(module, weight) for module in model.modules() if module is not model for weight in _snapped_later(module)]
-    for module, weight in others:
-        settle(module, weight.param)  # now, for it reads the weight
     for module, weight in others:
         cover(module, weight.param, _snapped)
     if layers or others:
@@ -81,9 +78,8 @@ def _read_by(traced: fx.GraphModule) -> list[nn.Module]:
 
 def _snapped_later(module: nn.Module) -> list[Weight]:
     """The weights that are rounded where they are read; those of a graph's own are read by their names, and baked."""
-    if not marked(module, WEIGHTS_LATER) or isinstance(module, fx.GraphModule):
-        return []
-    return [] if marked(module, WEIGHTS_LATER)[0].mode == "float16" else weights_later(module)
+    told = None if isinstance(module, fx.GraphModule) else later(module)
+    return [] if told is None or told.config.mode == "float16" else weights_later(module)
 
 
 def _snapped(module: nn.Module, name: str) -> torch.Tensor:

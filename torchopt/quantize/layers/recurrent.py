@@ -9,7 +9,7 @@ from torch import nn
 
 from torchopt.network.grid import set_grid
 from torchopt.quantize.config import Quantize
-from torchopt.quantize.layers.weight_grid import ONE_SCALE, SHARES, Snap, along, settle, settled, weight_scale
+from torchopt.quantize.layers.weight_grid import ONE_SCALE, SHARES, Snap, along, one_scale, settled, weight_scale
 
 
 class QuantizedRecurrent(nn.Module):
@@ -53,7 +53,7 @@ class QuantizedRecurrent(nn.Module):
 
     def scale(self, param: str) -> torch.Tensor:
         """Return the scale of one weight: (rows,), or () when per tensor."""
-        axis = 0 if self.config.per_channel and not settle(self, param) else None
+        axis = 0 if self.config.per_channel and not one_scale(self, param) else None
         return weight_scale(getattr(self, param), 2 ** (self.bits - 1) - 1, axis)
 
     def snapped(self, param: str) -> torch.Tensor:

@@ -8,6 +8,7 @@ Where the scale follows the largest weight nothing is clipped, and the straight-
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.utils import parametrize
 from torchopt.network.marks import mark, marked
 
 ONE_SCALE = "one_scale"  # the buffer that says for which weights of a layer one scale was decided
-SHARES = "one_scale_of"  # the mark that says it without waiting for a GPU: {name of the weight: bool}
+SHARES = "_torchopt_one_scale"  # the mark that says it without waiting for a GPU: {name of the weight: bool}
 SMALLEST_SCALE = 2.0**-60  # a channel of zeros still divides
 
 
@@ -124,22 +125,28 @@ def stands_on_table(module: nn.Module, param: str) -> bool:
     return False
 
 
-def settle(module: nn.Module, param: str) -> bool:
-    """Decide, once, whether a weight has one scale for the whole tensor because its values are shared, and remember it.
+def one_scale(module: nn.Module, param: str) -> bool:
+    """True where a weight has one scale for the whole tensor because its values are shared: as decided, else as it would be now.
 
     The K values of a table stay K integers only on a grid per tensor: batch norm then gives each channel a scale of its own, and the
-    integers stay the same. Decided when a table stands on the weight, or when a baked one is found in its values (few distinct
-    values, each used 8 times on average); what training does to a plain weight afterwards changes nothing.
+    integers stay the same.
     """
-    known: dict[str, bool] = marked(module, SHARES, {})
-    if param not in known:
-        shares = stands_on_table(module, param) or _looks_shared(getattr(module, param))
-        known[param] = shares and not has_scales(module, param)
-        mark(module, SHARES, known)
-        places = list(getattr(module, "rounded_params", ()))
-        if ONE_SCALE in module._buffers and param in places:
-            module.get_buffer(ONE_SCALE)[places.index(param)] = known[param]
-    return known[param]
+    known: bool | None = marked(module, SHARES, {}).get(param)
+    return _shares(module, param) if known is None else known
+
+
+def decide(module: nn.Module, param: str) -> None:
+    """Decide on the scale of a weight as it stands now; what training does to its values afterwards changes nothing."""
+    take_over(module, {param: _shares(module, param)})
+
+
+def take_over(module: nn.Module, known: Mapping[str, bool]) -> None:
+    """Write decisions down, in the buffer too where the module has one."""
+    mark(module, SHARES, {**marked(module, SHARES, {}), **known})
+    if ONE_SCALE in module._buffers:
+        places = list(module.rounded_params)  # type: ignore[arg-type]
+        for param, shares in known.items():
+            module.get_buffer(ONE_SCALE)[places.index(param)] = shares
 
 
 def settled(module: Any, state: dict[str, Any], prefix: str) -> None:
@@ -147,6 +154,11 @@ def settled(module: Any, state: dict[str, Any], prefix: str) -> None:
     theirs = state.setdefault(prefix + ONE_SCALE, module.get_buffer(ONE_SCALE).clone())
     if theirs.numel() == len(module.rounded_params):
         mark(module, SHARES, dict(zip(module.rounded_params, theirs.bool().tolist(), strict=True)))
+
+
+def _shares(module: nn.Module, param: str) -> bool:
+    """True where a table stands on a weight, or a baked one is found in its values: few distinct ones, each used 8 times on average."""
+    return (stands_on_table(module, param) or _looks_shared(getattr(module, param))) and not has_scales(module, param)
 
 
 def _looks_shared(w: torch.Tensor, few: int = 256) -> bool:
