@@ -33,7 +33,7 @@ from torchopt.quantize.graph.kernel_choice import is_integer_layer, match_kernel
 from torchopt.quantize.graph.tracer import example
 from torchopt.quantize.layers.activations import ActivationQuantizer
 from torchopt.quantize.layers.float_layers import FusedLinear
-from torchopt.quantize.layers.learned import LearnedQuantizer
+from torchopt.quantize.layers.learned import activation_quantizer
 from torchopt.quantize.layers.modules import Fused
 from torchopt.quantize.targets import Target
 
@@ -267,21 +267,6 @@ def _config(traced: fx.GraphModule, node: fx.Node, users: list[fx.Node]) -> Quan
             if isinstance(module, Fused):
                 return module.config
     return None
-
-
-def activation_quantizer(config: Quantize, target: Target, fixed_range: tuple[float, float] | None = None) -> ActivationQuantizer:
-    """Return the quantizer of an activation, as the configuration of its layer and the runtime want it."""
-    qmin, qmax = target.activation_range(config.activation_bits)
-    learned = config.learn_scale and fixed_range is None
-    quantizer = (LearnedQuantizer if learned else ActivationQuantizer)(
-        quant_min=qmin,
-        quant_max=qmax,
-        symmetric=False,
-        observer=config.observer,
-        fixed_range=fixed_range,
-    )
-    quantizer.milestones = config.milestones
-    return quantizer
 
 
 class _Groups:

@@ -17,11 +17,11 @@ from torch import nn
 
 from torchopt.errors import ModelError
 from torchopt.quantize.config import Quantize
-from torchopt.quantize.graph.placement import activation_quantizer
 from torchopt.quantize.layers.activations import ActivationQuantizer
 from torchopt.quantize.layers.dynamic import called
 from torchopt.quantize.layers.float_layers import FusedConv1d, FusedConv2d, FusedConv3d, FusedLinear, layer_class
 from torchopt.quantize.layers.kernels import exporting, instead, layer_value
+from torchopt.quantize.layers.learned import activation_quantizer
 from torchopt.quantize.layers.modules import Fused
 from torchopt.quantize.layers.rounding import FixedQuantize
 from torchopt.quantize.targets import Target

@@ -15,8 +15,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from torchopt.quantize.config import Quantize
 from torchopt.quantize.layers.activations import SMALLEST_SCALE, ActivationQuantizer
 from torchopt.quantize.layers.rounding import fake_quantize, in_memory_order, learned_fake_quantize
+from torchopt.quantize.targets import Target
 
 
 class Grow(torch.autograd.Function):
@@ -107,3 +109,18 @@ def since_start(state: dict[str, Any], prefix: str, old: str, start: str, growth
     scale = state.pop(prefix + old, None)
     if scale is not None:
         state[prefix + start], state[prefix + growth] = scale.abs().clamp(min=smallest), torch.zeros_like(scale)
+
+
+def activation_quantizer(config: Quantize, target: Target, fixed_range: tuple[float, float] | None = None) -> ActivationQuantizer:
+    """Return the quantizer of an activation, as the configuration of its layer and the runtime want it."""
+    qmin, qmax = target.activation_range(config.activation_bits)
+    learned = config.learn_scale and fixed_range is None
+    quantizer = (LearnedQuantizer if learned else ActivationQuantizer)(
+        quant_min=qmin,
+        quant_max=qmax,
+        symmetric=False,
+        observer=config.observer,
+        fixed_range=fixed_range,
+    )
+    quantizer.milestones = config.milestones
+    return quantizer
