@@ -116,7 +116,7 @@ def test_one_room_owns_each_engine(library: str, allowed: str) -> None:
 
 
 def test_one_file_writes_marks_on_modules() -> None:
-    """A module's `__dict__` is copied as a whole, or by the module itself; single names in another's are of `network/marks.py` alone."""
+    """A module's `__dict__` is copied as a whole, or by the module itself; single names in another's are of `state/marks.py` alone."""
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             of = {

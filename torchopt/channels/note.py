@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from torchopt.channels.groups import LAYERS, MATRICES, out_dim
-from torchopt.network.marks import mark, marked
 from torchopt.network.weights import Skipped
+from torchopt.state.marks import mark, marked
 
 NOTE = "torchopt_shrunken"
 

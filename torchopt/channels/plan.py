@@ -17,7 +17,7 @@ from torchopt.channels.layers.attention import HeadAttention, adopt
 from torchopt.channels.note import NOTE, Shrunken, shrunken_of
 from torchopt.channels.remembered import numbers, put
 from torchopt.errors import StateError
-from torchopt.network.marks import mark
+from torchopt.state.marks import mark
 
 SIZES = (
     "in_channels", "out_channels", "groups",  # convolutions

@@ -22,8 +22,8 @@ from torchopt.cluster.straight import grid_scale
 from torchopt.errors import ModelError, RuleError
 from torchopt.network.computed import can_be_pickled, cannot_be_assigned, show, uncompute
 from torchopt.network.grid import set_grid
-from torchopt.network.marks import mark, marked
 from torchopt.network.weights import Skipped, Weight, is_pruned, keeps_zeros
+from torchopt.state.marks import mark, marked
 
 POSITION = "_torchopt_position"  # of a weight among its module's parameters, kept on the list of its parametrizations
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from torchopt.errors import StateError
-from torchopt.network.marks import marked, unmark
+from torchopt.state.marks import marked, unmark
 
 Getter = Callable[[nn.Module, str], torch.Tensor]
 SHOWN = "_torchopt_shown"  # of torch's class: {attribute: what computes it}

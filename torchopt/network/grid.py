@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from torchopt.errors import StateError
-from torchopt.network.marks import mark, marked
+from torchopt.state.marks import mark, marked
 
 SUFFIX = "_grid_scale"
 

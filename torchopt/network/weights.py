@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
-from torchopt.network.marks import mark, marked
+from torchopt.state.marks import mark, marked
 
 RNN_WEIGHTS = ("weight_ih", "weight_hh", "weight_hr")
 IN_PROJECTION = "in_proj"  # the layer that holds an attention's `in_proj_weight` once it is opened for quantization

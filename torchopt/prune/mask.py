@@ -30,10 +30,10 @@ from torch.nn.utils.prune import BasePruningMethod
 from torchopt.errors import StateError
 from torchopt.fast.zero import zero_
 from torchopt.network.computed import is_shown
-from torchopt.network.marks import mark, marked, unmark
 from torchopt.network.weights import Weight, keeps_zeros
 from torchopt.prune.config import Prune
 from torchopt.prune.score import add_inputs, empty_gathered, gathered_name
+from torchopt.state.marks import mark, marked, unmark
 
 FLOOR = "_floor"
 

@@ -10,7 +10,6 @@ from torch import fx, nn
 
 from torchopt.errors import StateError
 from torchopt.network.grid import set_grid
-from torchopt.network.marks import unmark
 from torchopt.network.surgery import module_of, set_module
 from torchopt.quantize.graph.dropout import Regularizer
 from torchopt.quantize.graph.fuse import activation_of, ends_of
@@ -22,6 +21,7 @@ from torchopt.quantize.layers.modules import Fused
 from torchopt.quantize.layers.recurrent import QuantizedRecurrent
 from torchopt.quantize.layers.rounding import FixedQuantize
 from torchopt.quantize.layers.weight_grid import SHARES
+from torchopt.state.marks import unmark
 
 
 def bake(model: nn.Module) -> nn.Module:

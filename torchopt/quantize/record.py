@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from torchopt.network.marks import marked, unmark
 from torchopt.network.weights import IN_PROJECTION, Skipped
 from torchopt.quantize.config import Quantize
 from torchopt.quantize.layers.bare_weights import Later, later, weights_later
@@ -19,6 +18,7 @@ from torchopt.quantize.layers.dynamic import FusedDynamicLinear
 from torchopt.quantize.layers.modules import Fused
 from torchopt.quantize.layers.recurrent import QuantizedRecurrent
 from torchopt.quantize.layers.weight_grid import SHARES, decide, take_over
+from torchopt.state.marks import marked, unmark
 
 NO_LAYER = "the traced graph does not call it as a layer of a known class; it stays float (mode='weight_only' reaches it)"
 

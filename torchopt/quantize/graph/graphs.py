@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from torchopt.network.marks import mark, unmark
+from torchopt.state.marks import mark, unmark
 
 HOOKS = tuple(name for name in vars(nn.Module()) if name.startswith("_forward_"))
 KEPT = ("_modules", *HOOKS)  # of a graph module, where torch's constructor keeps what the graph calls

@@ -13,10 +13,10 @@ from typing import cast
 import torch
 from torch import nn
 
-from torchopt.network.marks import mark, marked
 from torchopt.network.weights import Weight, weights
 from torchopt.quantize.config import Quantize
 from torchopt.quantize.layers.weight_grid import Snap, along, one_scale, weight_scale
+from torchopt.state.marks import mark, marked
 
 LATER = "_torchopt_rounded_later"
 

@@ -17,10 +17,10 @@ import torch
 from torch import fx, nn
 
 from torchopt.network.computed import cover, covered, uncover
-from torchopt.network.marks import mark, marked, unmark
 from torchopt.network.weights import Weight
 from torchopt.quantize.layers.bare_weights import later, snapped, weights_later
 from torchopt.quantize.layers.modules import Fused
+from torchopt.state.marks import mark, marked, unmark
 
 _now = threading.local()  # how many models are running in this thread
 READING = "_torchopt_reading"  # on a layer whose weight is being rounded for another

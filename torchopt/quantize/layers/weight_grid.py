@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from torchopt.network.marks import mark, marked
+from torchopt.state.marks import mark, marked
 
 ONE_SCALE = "one_scale"  # the buffer that says for which weights of a layer one scale was decided
 SHARES = "_torchopt_one_scale"  # the mark that says it without waiting for a GPU: {name of the weight: bool}
