@@ -31,16 +31,23 @@ class Row:
     note: str = ""
 
 
-def interleave(cases: dict[str, Callable[[], object]], *, repeats: int, inner: int = 1, warmup: int = 1) -> Times:
+def interleave(
+    cases: dict[str, Callable[[], object]],
+    *,
+    repeats: int,
+    inner: int = 1,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Times:
     """Run the cases in turn and return the seconds of each burst of `inner` calls, divided by `inner`."""
     times: Times = {name: [] for name in cases}
     for round_number in range(warmup + repeats):
         for name, case in cases.items():
-            start = time.perf_counter()
+            start = clock()
             for _ in range(inner):
                 case()
             if round_number >= warmup:
-                times[name].append((time.perf_counter() - start) / inner)
+                times[name].append((clock() - start) / inner)
     return times
 
 
