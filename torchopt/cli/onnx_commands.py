@@ -25,9 +25,12 @@ run_inputs = click.option("--input", "inputs", multiple=True, metavar="NAME:SIZE
 def pack(source: str, destination: str, strip: bool, smallest: bool, as_json: bool) -> None:
     """Write the weights of any ONNX file in their smallest exact form."""
     from torchopt.pack import pack
+    from torchopt.report.file_bytes import file_bytes
 
     result = pack(source, destination, strip=strip, smallest=smallest)
-    show(plain(result), str(result), as_json)
+    parts = file_bytes(destination)
+    line = "the file's bytes: " + ", ".join(f"{part} {size:,}" for part, size in parts.items() if size)
+    show(plain(result) | {"bytes": parts}, f"{result}\n{line}", as_json)
 
 
 @click.command()
