@@ -71,7 +71,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {  #
     "digits": (lambda: build("digits_net", 10), (1, 8, 8), 10),
     "resnet8": (lambda: build("resnet8", 10, 3), (3, 32, 32), 10),
     "ds_cnn": (lambda: build("ds_cnn", 12), (1, 49, 10), 12),
-    "mobilenet_v1_025": (lambda: build("mobile_net", 2, 3), (3, 96, 96), 2),
+    "mobile_net_025": (lambda: build("mobile_net", 2, 3, width=0.25), (3, 96, 96), 2),
     "transformer": (Transformer, (32, 64), 10),
     "resnet18": (lambda: torchvision.models.resnet18(num_classes=10), (3, 64, 64), 10),
     "mobilenet_v2": (network, (3, 128, 128), 1000),
