@@ -152,7 +152,7 @@ def export_onnx(
     _check(target, pack, opset)
     version = opset or OPSETS[target]
     with _uncollected():
-        graph, call = _graph(model, call, version)
+        graph, call = _exported(model, call, version)
         reference = as_exported(model, call)
         places = Roundings(graph.graph, reference)
         check_integers(graph, version)
@@ -189,7 +189,7 @@ def export_onnx(
     )
 
 
-def _graph(model: nn.Module, call: Call, opset: int) -> tuple[ir.Model, Call]:
+def _exported(model: nn.Module, call: Call, opset: int) -> tuple[ir.Model, Call]:
     """The graph, and the call that it is of: one with results in a row where the exporter takes them no other way."""
     try:
         return to_onnx(model, call, opset=opset), call
