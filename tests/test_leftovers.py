@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import torchopt
-from torchopt import Prune, Quantize, Rule
+from torchopt import Cluster, Prune, Quantize, Rule
 from torchopt.run import read_report
 
 
@@ -99,3 +99,33 @@ def test_a_report_that_is_damaged_within_is_one_sentence(damage, tmp_path):
     (tmp_path / "report.json").write_text(json.dumps(found))
     with pytest.raises(torchopt.FileError, match="report.json: is damaged"):
         read_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"cluster": Cluster(n_clusters=4)},
+        {"cluster": Cluster(n_clusters=4), "quantize": Quantize()},
+        {"prune": Prune(schedule=0.5), "cluster": Cluster(n_clusters=4)},
+        {"prune": Prune(schedule=0.5, score="hessian"), "quantize": Quantize(weight_bits=4)},
+    ],
+)
+def test_layers_that_read_nothing_but_zeros_are_compressed_as_if_each_weight_counted_alike(rule):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+    nn.init.constant_(model[0].bias, -100.0)
+    nn.init.constant_(model[2].bias, -100.0)  # both ReLUs are dead
+    x = torch.randn(64, 8)
+    small = torchopt.one_shot(model, [Rule("*", **rule)], [x], example_inputs=(x[:1],), progress=False).eval()
+    torch.testing.assert_close(small(x), model(x), rtol=0, atol=0.01)
+    if "cluster" in rule and "quantize" not in rule:
+        assert 3 <= len(small.get_submodule("4").weight.unique()) <= 4
+    if "prune" in rule:
+        assert float((small.get_submodule("4").weight == 0).float().mean()) >= 0.5
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(8, 8), nn.Conv2d(3, 8, 3), nn.Embedding(8, 4)])
+def test_a_network_that_is_itself_a_layer_is_refused_with_the_remedy(layer):
+    example = {"Linear": torch.zeros(1, 8), "Conv2d": torch.zeros(1, 3, 8, 8), "Embedding": torch.zeros(1, 2, dtype=torch.int64)}
+    with pytest.raises(torchopt.ModelError, match=r"itself is one [A-Za-z0-9]+, .*; put it into nn\.Sequential"):
+        torchopt.prepare(layer, [Rule("*", quantize=Quantize())], (example[type(layer).__name__],))

@@ -42,12 +42,17 @@ def static(
 
     Raises:
         StateError: example inputs are missing.
-        ModelError: nothing of the assigned can be quantized, or the model takes other inputs.
+        ModelError: nothing of the assigned can be quantized, the network is itself a layer, or it takes other inputs.
     """
     if example_inputs is None:
         raise StateError("prepare: static quantization traces the model; give example_inputs=(x,), one call's arguments")
     origin = Origin(twin(model), examples(example_inputs))
     model, assignment = open_attentions(model, assignment)
+    if "" in assignment and not next(model.children(), None):
+        raise ModelError(
+            f"quantize: the network itself is one {type(model).__name__}, and static quantization looks at the layers within; put it into "
+            "nn.Sequential(model), or use mode='dynamic' or 'weight_only'"
+        )
     try:
         traced, _ = trace(model, example_inputs)
         origin.prove(traced, "tracing")

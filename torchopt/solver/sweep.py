@@ -15,6 +15,7 @@ from torchopt.errors import ModelError
 from torchopt.solver.values import Values
 
 DAMPING = 0.01  # over the mean of H's diagonal
+DEAD = 1e-30  # a mean below it is that of inputs that are always 0
 TRIES = 8  # each with ten times the damping
 BLOCK = 32  # columns after which those behind are brought up to date, in one product
 BEAMS = 24
@@ -22,8 +23,12 @@ SHORT = 32  # rows of at most so many weights are searched
 
 
 def damped(h: Tensor, damping: float = DAMPING) -> Tensor:
-    """Return H with a part of its mean diagonal added to its diagonal, (groups, n, n); inputs that are always 0 get that alone."""
-    size = torch.diagonal(h, dim1=1, dim2=2).mean(1).clamp(min=1e-30)
+    """Return H with a part of its mean diagonal added to its diagonal, (groups, n, n); inputs that are always 0 get that alone.
+
+    Where all inputs of a group are 0, nothing says which weight counts: each counts 1.
+    """
+    mean = torch.diagonal(h, dim1=1, dim2=2).mean(1)
+    size = torch.where(mean > DEAD, mean, 1 / damping if damping else 1.0)
     return h + damping * size[:, None, None] * torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
 
 
