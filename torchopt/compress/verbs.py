@@ -59,6 +59,7 @@ def prepare(
         ConfigError: `Cluster(importance="fisher")`, which `one_shot` finds.
 
     Example:
+        >>> from torchopt import ConstantSparsity, Prune, Rule
         >>> net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
         >>> ready = prepare(net, [Rule("*", prune=Prune(schedule=ConstantSparsity(target_sparsity=0.5, frequency=1)))])
         >>> _ = step(ready)

@@ -67,7 +67,9 @@ def aimed(w: Tensor, h: Tensor, cross: Tensor, damping: float = DAMPING) -> Tens
         2.0
     """
     size = torch.diagonal(h, dim1=1, dim2=2).mean(1)
-    extra = torch.where(cross.flatten(1).any(1), damping / (1 + damping) * size, size)  # what `damped` has added: all, to inputs of 0
+    extra = torch.where(
+        cross.flatten(1).any(1), damping / (1 + damping) * size, size
+    )  # what `damped` has added: all, to inputs of 0
     cross = cross + extra[:, None, None] * torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
     return torch.linalg.solve(h, (w @ cross).transpose(1, 2)).transpose(1, 2)
 
