@@ -159,7 +159,7 @@ def test_P7_unpack_in_javascript_gives_the_dense_bits_of_every_codec(tmp_path, o
     if opset == 18:
         opset_18(tmp_path / "a.onnx")
     codecs = {row.codec for row in pack(tmp_path / "a.onnx", tmp_path / "b.onnx").rows}
-    codecs |= {c.removeprefix("together ") for c in codecs}  # without four-bit integers, codes of four bits may share a stream, too
+    codecs |= {c.removeprefix("together ") for c in codecs}  # codes of one form may share a stream
     assert {"table4", "channel2", "one", "mask+raw", "table7", "mask+channel3"} <= codecs, codecs
     assert any(c.startswith("gaps") for c in codecs)
     assert any(c.startswith("together") for c in codecs), "codes of several weights in one stream"
