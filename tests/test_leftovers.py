@@ -8,7 +8,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import torchopt
-from torchopt import Cluster, Prune, Quantize, Rule
+from torchopt import Cluster, ConstantSparsity, Prune, Quantize, Rule
+from torchopt.compress.existing import left_behind
+from torchopt.network.weights import weights
 from torchopt.run import read_report
 
 
@@ -129,3 +131,36 @@ def test_a_network_that_is_itself_a_layer_is_refused_with_the_remedy(layer):
     example = {"Linear": torch.zeros(1, 8), "Conv2d": torch.zeros(1, 3, 8, 8), "Embedding": torch.zeros(1, 2, dtype=torch.int64)}
     with pytest.raises(torchopt.ModelError, match=r"itself is one [A-Za-z0-9]+, .*; put it into nn\.Sequential"):
         torchopt.prepare(layer, [Rule("*", quantize=Quantize())], (example[type(layer).__name__],))
+
+
+@pytest.mark.parametrize(("values", "zero", "found"), [(255, True, 256), (256, False, 256), (256, True, 0), (257, False, 0)])
+def test_what_was_shared_is_found_up_to_256_values_with_zero_among_them(values, zero, found):
+    layer = nn.Linear(64, 64, bias=False)
+    table = torch.arange(1.0, values + 1)
+    table = torch.cat([table, torch.zeros(1)]) if zero else table
+    layer.weight.data = table.repeat(4096 // len(table) + 1)[:4096].reshape(64, 64)
+    assert left_behind(weights(layer)).get("weight", (0, 0))[1] == found
+
+
+def test_256_values_of_an_earlier_round_stay_under_masks():
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(64, 64, bias=False))
+    layer[0].weight.data = torch.linspace(-1, 1, 256)[torch.randint(256, (64, 64))]
+    ready = torchopt.prepare(layer, [Rule("*", prune=Prune(schedule=ConstantSparsity(target_sparsity=0.5, frequency=1)))])
+    optimizer = torch.optim.SGD(ready.parameters(), lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        ready(torch.randn(8, 64)).square().mean().backward()
+        optimizer.step()
+        torchopt.step(ready)
+    weight = torchopt.finalize(ready).get_submodule("0").weight
+    assert float((weight == 0).float().mean()) == 0.5
+    assert len(weight.unique()) <= 256
+
+
+def test_a_layer_whose_activation_is_an_output_has_the_reason_that_its_output_is_not_quantized(tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval(), torch.randn(4, 3, 8, 8)
+    small = torchopt.one_shot(model, [Rule("*", quantize=Quantize())], [x], example_inputs=(x,), progress=False).eval()
+    torchopt.export(small, (x,), tmp_path / "model.onnx")
+    assert "no integer kernel for this form" not in str(torchopt.inspect(tmp_path / "model.onnx"))

@@ -37,7 +37,7 @@ def left_behind(candidates: Sequence[Weight]) -> dict[str, Left]:
         used = value[value != 0]
         zeros, distinct = value.numel() - used.numel(), _distinct(used)
         constant = distinct + bool(zeros) <= 1
-        shared = distinct + bool(zeros) if distinct < SHARED_AT_MOST and used.numel() >= USES * distinct else 0
+        shared = distinct + bool(zeros) if distinct + bool(zeros) <= SHARED_AT_MOST and used.numel() >= USES * distinct else 0
         if (zeros or shared) and not constant:
             found[weight.name] = (zeros, shared)
     return found

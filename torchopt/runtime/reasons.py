@@ -113,5 +113,6 @@ def _decoder(value: ir.Value | None) -> ir.Node | None:
 
 def _reaches_quantize(node: ir.Node) -> bool:
     if node.op_type in ("Relu", "Clip"):
-        return all(_reaches_quantize(user) for user, _ in node.outputs[0].uses())
+        users = [user for user, _ in node.outputs[0].uses()]  # none where it is an output of the network
+        return bool(users) and all(_reaches_quantize(user) for user in users)
     return node.op_type == "QuantizeLinear"
